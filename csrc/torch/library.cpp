@@ -1,0 +1,49 @@
+// Every operator schema of the namespace varstream, grouped by topic; nothing else.
+//
+// CUDA implementations are boxed beside their kernels' bindings (pack_ops.cpp, ...). CPU
+// implementations, fakes and autograd attach from Python (varstream/ops, varstream/reference), so
+// the operators exist whatever the module was built with.
+#include <torch/csrc/stable/library.h>
+
+// The arguments that varlen_attention's backward operators share, in order.
+#define VARSTREAM_ATTENTION_BWD_ARGS                                                        \
+  "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "       \
+  "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? alibi_slopes, "     \
+  "Tensor? sinks, Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, "            \
+  "bool causal, SymInt window_left, SymInt window_right, float softmax_scale, "             \
+  "float softcap, float dropout_p, bool deterministic"
+
+STABLE_TORCH_LIBRARY(varstream, m) {
+  // Packed batches. indices int64 (n,): row of x that packed row i comes from, negative: no row.
+  m.def("pack(Tensor x, Tensor indices) -> Tensor");
+  m.def("unpack(Tensor values, Tensor indices, SymInt rows, float fill) -> Tensor");
+
+  // Attention over packed rows.
+  m.def(
+      "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "Tensor? seqused_k, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, "
+      "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, SymInt window_left, "
+      "SymInt window_right, float softmax_scale, float softcap, float dropout_p, "
+      "bool deterministic) -> (Tensor out, Tensor lse)");
+  m.def("varlen_attention_bwd(" VARSTREAM_ATTENTION_BWD_ARGS
+        ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
+  m.def("varlen_attention_bwd_accumulate(" VARSTREAM_ATTENTION_BWD_ARGS
+        ", Tensor(a!) dk, Tensor(b!) dv, Tensor(c!)? dsinks) -> Tensor dq");
+
+  // The head: logits never exist as a whole.
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, "
+      "Tensor target, int ignore_index, float logit_scale, float softcap, float temperature, "
+      "SymInt chunk_size, bool need_input_grad, bool need_weight_grad, bool need_bias_grad) -> "
+      "(Tensor loss_sum, Tensor valid_count, Tensor dinput, Tensor dweight, Tensor dbias)");
+  m.def(
+      "token_logprobs(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
+      "int ignore_index, float logit_scale, float softcap, float temperature, "
+      "SymInt chunk_size, bool return_entropy) -> (Tensor logp, Tensor entropy, Tensor lse)");
+  m.def(
+      "token_logprobs_bwd(Tensor dlogp, Tensor? dentropy, Tensor input, Tensor linear_weight, "
+      "Tensor? linear_bias, Tensor target, Tensor lse, Tensor? entropy, int ignore_index, "
+      "float logit_scale, float softcap, float temperature, SymInt chunk_size, "
+      "bool need_input_grad, bool need_weight_grad, bool need_bias_grad) -> "
+      "(Tensor dinput, Tensor dweight, Tensor dbias)");
+}

@@ -1,0 +1,78 @@
+"""Imports the compiled module once, after torch, and is where Python kernels attach to its operators.
+
+The schemas live in C++ (``csrc/torch/library.cpp``). CPU kernels, fakes and autograd formulas
+attach to them from Python with the decorators below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+NAMESPACE = "varstream"
+MIN_TORCH = (2, 11)
+
+Fn = TypeVar("Fn", bound=Callable[..., Any])
+
+
+def _torch_version() -> tuple[int, int]:
+    major, minor, *_ = torch.__version__.split(".")
+    return int(major), int(minor)
+
+
+def _load_extension() -> Any:
+    if _torch_version() < MIN_TORCH:
+        raise ImportError(
+            f"varstream needs torch >= {MIN_TORCH[0]}.{MIN_TORCH[1]}, found {torch.__version__}"
+        )
+    try:
+        from varstream import _C
+    except ImportError as error:
+        raise ImportError(
+            "varstream's compiled module varstream._C could not be loaded "
+            f"({error}). Build it for this Python and this torch with: "
+            "pip install --no-build-isolation ."
+        ) from error
+    return _C
+
+
+extension = _load_extension()
+
+# Registrations live exactly as long as this object.
+_library = torch.library.Library(NAMESPACE, "IMPL")
+
+
+def cpu_kernel(name: str) -> Callable[[Fn], Fn]:
+    """Register the decorated function as ``varstream::name`` for CPU tensors."""
+
+    def register(fn: Fn) -> Fn:
+        _library.impl(name, fn, "CPU")
+        return fn
+
+    return register
+
+
+def fake_kernel(name: str) -> Callable[[Fn], Fn]:
+    """Register the decorated function as the shape and dtype rule of ``varstream::name``."""
+
+    def register(fn: Fn) -> Fn:
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fn, lib=_library)
+        return fn
+
+    return register
+
+
+def autograd(
+    name: str, setup_context: Callable[..., None] | None = None
+) -> Callable[[Fn], Fn]:
+    """Register the decorated function as the backward formula of ``varstream::name``."""
+
+    def register(fn: Fn) -> Fn:
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}", fn, setup_context=setup_context, lib=_library
+        )
+        return fn
+
+    return register

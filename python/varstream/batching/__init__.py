@@ -1,0 +1,1 @@
+"""Batches from documents: bin packing of lengths and collation into packed rows."""

@@ -1,0 +1,1 @@
+"""The operators: argument checks, fakes and autograd around ``torch.ops.varstream``."""
