@@ -6,11 +6,11 @@
 #include <torch/csrc/stable/library.h>
 
 // The arguments that varlen_attention's backward operators share, in order.
-#define VARSTREAM_ATTENTION_BWD_ARGS                                                        \
-  "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "       \
-  "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? alibi_slopes, "     \
-  "Tensor? sinks, Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, "            \
-  "bool causal, SymInt window_left, SymInt window_right, float softmax_scale, "             \
+#define VARSTREAM_ATTENTION_BWD_ARGS                                                    \
+  "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "   \
+  "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? alibi_slopes, " \
+  "Tensor? sinks, Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, "        \
+  "bool causal, SymInt window_left, SymInt window_right, float softmax_scale, "         \
   "float softcap, float dropout_p, bool deterministic"
 
 STABLE_TORCH_LIBRARY(varstream, m) {

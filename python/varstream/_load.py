@@ -1,4 +1,4 @@
-"""Imports the compiled module once, after torch, and is where Python kernels attach to its operators.
+"""Imports the compiled module once, after torch; Python kernels attach to its operators here.
 
 The schemas live in C++ (``csrc/torch/library.cpp``). CPU kernels, fakes and autograd formulas
 attach to them from Python with the decorators below.
@@ -54,6 +54,21 @@ def cpu_kernel(name: str) -> Callable[[Fn], Fn]:
     return register
 
 
+def composed_kernel(name: str) -> Callable[[Fn], Fn]:
+    """Register the decorated function for CPU tensors and, where none is compiled, CUDA tensors.
+
+    For kernels composed from ATen calls that run on any device.
+    """
+
+    def register(fn: Fn) -> Fn:
+        _library.impl(name, fn, "CPU")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA"):
+            _library.impl(name, fn, "CUDA")
+        return fn
+
+    return register
+
+
 def fake_kernel(name: str) -> Callable[[Fn], Fn]:
     """Register the decorated function as the shape and dtype rule of ``varstream::name``."""
 
@@ -64,9 +79,7 @@ def fake_kernel(name: str) -> Callable[[Fn], Fn]:
     return register
 
 
-def autograd(
-    name: str, setup_context: Callable[..., None] | None = None
-) -> Callable[[Fn], Fn]:
+def autograd(name: str, setup_context: Callable[..., None] | None = None) -> Callable[[Fn], Fn]:
     """Register the decorated function as the backward formula of ``varstream::name``."""
 
     def register(fn: Fn) -> Fn:

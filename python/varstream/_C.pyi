@@ -1,0 +1,17 @@
+"""The compiled module (csrc/torch/module.cpp). Importing it registers ``torch.ops.varstream``."""
+
+from typing import TypedDict
+
+class BuildInfo(TypedDict):
+    version: str
+    cuda: bool  # whether CUDA kernels were built
+    cuda_reason: str  # which nvcc built them, or why there are none
+    nvcc: str  # version, empty without
+    cuda_archs: str  # CMake's spelling, separated by spaces
+    cutlass: str  # version of the headers found, empty without
+    torch: str  # version built against
+    compiler: str
+    kernels: list[str]  # names of the CUDA kernels in this module
+
+def build_info() -> BuildInfo: ...
+def cuda_symbols() -> dict[str, bool]: ...
