@@ -4,5 +4,20 @@ Public names are re-exported here; each is documented where it is defined.
 """
 
 from varstream._load import extension as _extension
+from varstream.ops.attention import varlen_attention
+from varstream.ops.attention_backward import varlen_attention_backward
+from varstream.ops.merge import merge_attention
+from varstream.ops.packing import Packed, cu_seqlens, pack, unpack
 
 __version__: str = _extension.build_info()["version"]
+
+__all__ = [
+    "Packed",
+    "__version__",
+    "cu_seqlens",
+    "merge_attention",
+    "pack",
+    "unpack",
+    "varlen_attention",
+    "varlen_attention_backward",
+]

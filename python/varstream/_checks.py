@@ -1,0 +1,152 @@
+"""Argument checks shared by the public wrappers.
+
+Every message names the argument, the contract and the value that broke it. Wrong kinds raise ``TypeError``, wrong
+shapes, dtypes, devices and values raise ``ValueError``, always before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The accumulation dtype of the contract: float64 for float64 inputs, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_compiling() -> bool:
+    """True while torch.compile traces: values inside tensors can't be looked at."""
+    return torch.compiler.is_compiling()
+
+
+def values_visible(*tensors: Tensor | None) -> bool:
+    """True when every tensor's values may be read without a device synchronisation."""
+    return not is_compiling() and all(
+        t is None or (t.device.type == "cpu" and type(t) is Tensor) for t in tensors
+    )
+
+
+def check_tensor(
+    name: str,
+    value: Any,
+    *,
+    ndim: int | None = None,
+    shape: Sequence[int | None] | None = None,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+    layout: str = "",
+) -> Tensor:
+    """Check one tensor argument and return it.
+
+    Args:
+        name: the argument's name in the public signature.
+        value: what the caller passed.
+        ndim: required number of dimensions, if any.
+        shape: required sizes, ``None`` for a free dimension.
+        dtypes: allowed dtypes.
+        device: required device.
+        layout: the contract's shape in words, such as ``"(total_q, Hq, D)"``, for the message.
+
+    Raises:
+        TypeError: ``value`` is no tensor.
+        ValueError: dimensions, sizes, dtype or device differ from what is required.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    words = f" {layout}" if layout else ""
+    if shape is not None:
+        ndim = len(shape)
+    if ndim is not None and value.dim() != ndim:
+        raise ValueError(
+            f"{name} must have {ndim} dimensions{words}, got shape {tuple(value.shape)}"
+        )
+    if shape is not None:
+        for axis, want in enumerate(shape):
+            if want is not None and value.shape[axis] != want:
+                raise ValueError(
+                    f"{name} must have size {want} in dimension {axis}{words}, "
+                    f"got shape {tuple(value.shape)}"
+                )
+    if dtypes is not None and value.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        got = str(value.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} must have dtype {allowed}, got {got}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
+    return value
+
+
+def check_same_dtype(**tensors: Tensor | None) -> torch.dtype:
+    """Check that all named tensors that are given share one dtype and return it."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    first, *rest = given.items()
+    for name, tensor in rest:
+        if tensor.dtype != first[1].dtype:
+            raise ValueError(
+                f"{name} must have the dtype of {first[0]} ({first[1].dtype}), got {tensor.dtype}"
+            )
+    return first[1].dtype
+
+
+def check_float(
+    name: str, value: Any, *, low: float | None = None, high: float | None = None
+) -> float:
+    """Check a real number, finite and within ``[low, high]``, and return it as a float."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    number = float(value)
+    if number != number or number in (float("inf"), float("-inf")):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if low is not None and number < low:
+        raise ValueError(f"{name} must be >= {low}, got {value}")
+    if high is not None and number > high:
+        raise ValueError(f"{name} must be <= {high}, got {value}")
+    return number
+
+
+def check_int(name: str, value: Any, *, low: int | None = None) -> int:
+    """Check an integer (a ``SymInt`` while compiling) not below ``low`` and return it."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if low is not None and value < low:
+        raise ValueError(f"{name} must be >= {low}, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Check a bool and return it."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return value
+
+
+def check_cu_seqlens(name: str, value: Any, total: int | None, device: torch.device) -> Tensor:
+    """Check cumulative lengths ``(B+1,)`` int32: start at 0, never fall, end at ``total``.
+
+    Values are read only where that costs no device synchronisation (CPU tensors outside compilation).
+    """
+    cu = check_tensor(name, value, ndim=1, dtypes=(torch.int32,), device=device, layout="(B+1,)")
+    if cu.shape[0] < 1:
+        raise ValueError(f"{name} must have at least one entry (B+1,), got shape {tuple(cu.shape)}")
+    if values_visible(cu):
+        check_cu_values(name, cu, total)
+    return cu
+
+
+def check_cu_values(name: str, cu: Tensor, total: int | None) -> list[int]:
+    """Check the values of CPU cumulative lengths and return them as a list."""
+    values: list[int] = cu.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {values[0]}")
+    for i, (a, b) in enumerate(zip(values, values[1:], strict=False)):
+        if b < a:
+            raise ValueError(f"{name} must never fall, got {a} then {b} at entry {i + 1}")
+    if total is not None and values[-1] != total:
+        raise ValueError(f"{name} must end at the number of rows {total}, got {values[-1]}")
+    return values

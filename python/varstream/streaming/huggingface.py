@@ -1,0 +1,298 @@
+"""``vs.stream`` and ``vs.unstream``: a Hugging Face causal language model, in place.
+
+Two forwards are replaced on the instances, the backbone's and the whole model's; weights, configuration, ``generate``
+and ``state_dict`` stay what they are. Without gradients or with a cache the original forwards run untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varstream._checks import check_int
+from varstream.ops.linear_cross_entropy import linear_cross_entropy
+from varstream.streaming.decoder import (
+    DecoderLayer,
+    Rotary,
+    UnsupportedModelError,
+    check_supported,
+)
+from varstream.streaming.layer import Schedule, resolve_chunk_size, run_streamed
+from varstream.streaming.rows import Rows, make_rows, shift_labels
+
+IGNORE_INDEX = -100
+_STATE = "_varstream"
+# What transformers passes down to a decoder and that streaming has read or may ignore.
+_KNOWN = {
+    "num_items_in_batch",
+    "shift_labels",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+}
+_REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits")
+
+
+@dataclass(frozen=True)
+class State:
+    """How a module is streamed; hangs on the backbone, its layers and the model while they are."""
+
+    chunk_size: int | str
+    head_chunk_size: int | None
+    reverse: bool
+    previous: Callable[..., Any] | None  # a forward someone had set on the instance before us
+
+    def original(self, module: nn.Module) -> Callable[..., Any]:
+        """The forward to run when there is nothing to stream."""
+        return self.previous or MethodType(type(module).forward, module)
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a streamed layer needs besides its input."""
+
+    schedule: Schedule
+    row_numbers: Tensor  # int64 (n,), which the rotary tables are indexed with
+    rotary: Rotary
+
+
+def stream(
+    model: Any,
+    chunk_size: int | str = "auto",
+    head_chunk_size: int | str = "auto",
+    offload: bool = False,
+    memory_budget: int | None = None,
+    reverse: bool = False,
+) -> Any:
+    """Make a Hugging Face causal language model stream its backward, in place.
+
+    Training then keeps one input per layer and one chunk's activations, never the logits; padded batches are packed
+    inside, packed rows are taken as they are, and losses and gradients stay those of the dense model. Use it as before:
+    ``loss = model(...).loss; loss.backward()``. With ``labels`` the output has no logits (they are never formed). The
+    backbone alone (``model.model``) streams too. Each document's last token predicts nothing.
+
+    Args:
+        model: a ``LlamaForCausalLM``, ``Qwen2ForCausalLM`` or ``Qwen3ForCausalLM``.
+        chunk_size: rows of a layer chunk, or ``"auto"`` (1024 on the CPU, 4096 on CUDA).
+        head_chunk_size: rows of a chunk of logits, or ``"auto"``.
+        offload: keeping layer inputs in host memory is not available in this version; must be False.
+        memory_budget: planning chunks for a budget is not available in this version; must be None.
+        reverse: walk each layer's chunks last to first; the result is the same to rounding.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: a ValueError naming the part of the model that isn't understood; nothing was changed.
+        TypeError, ValueError: an argument breaks its contract.
+
+    Source: StreamBP (arXiv 2506.03077) over packed rows, with K and V formed once a layer.
+    """
+    check_supported(model)
+    resolve_chunk_size(chunk_size, torch.device("cpu"))
+    head_rows = (
+        None if head_chunk_size == "auto" else check_int("head_chunk_size", head_chunk_size, low=1)
+    )
+    if offload:
+        raise ValueError("offload=True is not available in this version of varstream; pass False")
+    if memory_budget is not None:
+        raise ValueError(
+            "memory_budget is not available in this version of varstream; pass chunk_size"
+        )
+    if hasattr(model, _STATE):
+        unstream(model)
+    backbone = model.model
+    targets = [(model, _model_forward), (backbone, _backbone_forward)]
+    targets += [(layer, _layer_forward) for layer in backbone.layers]
+    for module, forward in targets:
+        state = State(chunk_size, head_rows, reverse, module.__dict__.get("forward"))
+        setattr(module, _STATE, state)
+        module.forward = MethodType(forward, module)
+    return model
+
+
+def unstream(model: Any) -> Any:
+    """Undo ``stream``: give the model its own forwards back. Returns the same model.
+
+    Raises:
+        ValueError: the model is not streamed.
+    """
+    if not hasattr(model, _STATE):
+        raise ValueError(f"{type(model).__name__} is not streamed")
+    for module in (model, model.model, *model.model.layers):
+        state = module.__dict__.pop(_STATE)
+        if state.previous is None:
+            del module.forward
+        else:
+            module.forward = state.previous
+    return model
+
+
+# --- the replaced forwards ----------------------------------------------------------------------------
+
+
+def _layer_forward(
+    self: Any, *args: Any, stream_call: LayerCall | None = None, **kwargs: Any
+) -> Any:
+    """A layer called by a streamed backbone; any other call runs the layer's own forward."""
+    if stream_call is None:
+        return getattr(self, _STATE).original(self)(*args, **kwargs)
+    parts = DecoderLayer(self, stream_call.rotary)
+    params = [p for p in self.parameters() if p.requires_grad]
+    return run_streamed(
+        parts.kv,
+        parts.rest,
+        args[0],
+        stream_call.row_numbers,
+        stream_call.schedule,
+        params,
+        parts.attention(),
+    )
+
+
+def _backbone_forward(
+    self: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The decoder's forward; returns what the model's own would, or the packed rows to a streamed model."""
+    state: State = getattr(self, _STATE)
+    if not torch.is_grad_enabled() or use_cache or past_key_values is not None:
+        return state.original(self)(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+        )  # fmt: skip
+    packed_only = kwargs.pop("stream_packed", False)
+    return_dict = kwargs.pop("return_dict", None)
+    _check_kwargs(self, kwargs)
+    rows = _rows(input_ids, inputs_embeds, attention_mask, position_ids, kwargs)
+    if rows.gaps and any(getattr(layer.self_attn, "sliding_window", None) for layer in self.layers):
+        raise ValueError(
+            "attention_mask has masked positions inside a document, which a sliding window counts as keys; "
+            "a streamed model can't honour both"
+        )
+    if input_ids is not None:
+        x = self.embed_tokens(rows.pack(input_ids.unsqueeze(-1)).squeeze(-1))
+    else:
+        x = rows.pack(inputs_embeds)
+    x = _decode(self, x, rows, state)
+    if packed_only:
+        return x, rows
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    output = BaseModelOutputWithPast(last_hidden_state=rows.unpack(x))
+    return output.to_tuple() if return_dict is False else output
+
+
+def _decode(backbone: Any, x: Tensor, rows: Rows, state: State) -> Tensor:
+    """All layers and the final norm over packed rows x (n, d)."""
+    size = resolve_chunk_size(state.chunk_size, x.device)
+    schedule = Schedule.make(rows.lengths, size, x.device, state.reverse)
+    cos, sin = backbone.rotary_emb(x[None], rows.positions[None])  # (1, n, D)
+    numbers = torch.arange(rows.total, device=x.device)
+    call = LayerCall(schedule, numbers, Rotary(cos[0], sin[0]))
+    for layer in backbone.layers[: backbone.config.num_hidden_layers]:
+        x = layer(x, stream_call=call)
+    norm = backbone.norm
+    params = [p for p in norm.parameters() if p.requires_grad]
+    return run_streamed(None, lambda part, *_: norm(part), x, numbers, schedule, params, {})
+
+
+def _rows(
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Rows:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+    given = input_ids if input_ids is not None else inputs_embeds
+    assert given is not None
+    cu, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    if (cu is None) != (cu_k is None) or (cu is not None and not torch.equal(cu, cu_k)):
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together and be equal")
+    return make_rows(given.shape[0], given.shape[1], given.device, attention_mask, position_ids, cu)
+
+
+def _check_kwargs(module: Any, kwargs: dict[str, Any]) -> None:
+    for name in _REFUSED:
+        value = kwargs.pop(name, None)
+        if value or (value is None and getattr(module.config, name, False)):
+            raise ValueError(
+                f"{name}=True is not available on a streamed model; call vs.unstream first"
+            )
+    if kwargs.pop("is_causal", None) is False:
+        raise ValueError("is_causal=False is not available on a streamed model")
+    unknown = sorted(
+        name for name, value in kwargs.items() if name not in _KNOWN and value is not None
+    )
+    if unknown:
+        raise ValueError(f"a streamed model can't honour the argument {unknown[0]}")
+
+
+def _model_forward(
+    self: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    inputs_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    use_cache: bool | None = None,
+    logits_to_keep: int | Tensor = 0,
+    **kwargs: Any,
+) -> Any:
+    """The whole model's forward; with labels the loss comes straight from packed rows, without logits."""
+    state: State = getattr(self, _STATE)
+    inputs = {
+        "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+        "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache,
+    }  # fmt: skip
+    targets = kwargs.get("shift_labels")
+    if (
+        not torch.is_grad_enabled()
+        or use_cache
+        or past_key_values is not None
+        or (labels is None and targets is None)
+    ):
+        return state.original(self)(
+            **inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs
+        )
+    _check_loss(self)
+    return_dict = kwargs.pop("return_dict", None)
+    hidden, rows = self.model(**inputs, **kwargs, stream_packed=True)
+    if targets is None:
+        targets = shift_labels(labels, rows, IGNORE_INDEX)
+    else:
+        targets = rows.pack(targets.unsqueeze(-1)).squeeze(-1)
+    loss = linear_cross_entropy(
+        hidden, self.lm_head.weight, targets.to(hidden.device), linear_bias=self.lm_head.bias,
+        ignore_index=IGNORE_INDEX, normalizer=kwargs.get("num_items_in_batch"),
+        chunk_size=state.head_chunk_size,
+    )  # fmt: skip
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    output = CausalLMOutputWithPast(loss=loss)
+    return output.to_tuple() if return_dict is False else output
+
+
+def _check_loss(model: Any) -> None:
+    """Only the plain causal language model loss is fused; a loss of the user's own must not be replaced silently."""
+    function = model.loss_function
+    if function.__name__ != "ForCausalLMLoss":
+        raise UnsupportedModelError(
+            f"model.loss_function is {function.__name__}; a streamed model fuses ForCausalLMLoss only. "
+            "Call it without labels to get logits."
+        )
