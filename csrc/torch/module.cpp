@@ -1,12 +1,18 @@
 // The Python module varstream._C: importing it registers the operators (library.cpp). pybind11
 // binds only what takes no tensor.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+
+#include <utility>
+#include <vector>
 
 #include "build_config.h"
 #include "torch/cuda_shim.h"
+#include "varlen/bin_packing.h"
 #include "varlen/row_copy_launch.h"
 
 namespace py = pybind11;
+namespace varlen = varstream::varlen;
 
 namespace {
 
@@ -14,7 +20,7 @@ namespace {
 py::list kernels() {
   py::list names;
 #if VARSTREAM_WITH_CUDA
-  for (const char* name : varstream::varlen::kRowCopyKernels) names.append(name);
+  for (const char* name : varlen::kRowCopyKernels) names.append(name);
 #endif
   return names;
 }
@@ -42,6 +48,37 @@ py::dict cuda_symbols() {
   return found;
 }
 
+// A numpy array that owns values, without a copy.
+py::array_t<int64_t> as_array(std::vector<int64_t>&& values) {
+  auto* owned = new std::vector<int64_t>(std::move(values));
+  py::capsule owner(owned, [](void* memory) { delete static_cast<std::vector<int64_t>*>(memory); });
+  return py::array_t<int64_t>(owned->size(), owned->data(), owner);
+}
+
+using Packer = varlen::BinPacking(const varlen::BinPackingProblem&);
+
+// Binds a packer as name(lengths, capacity, max_depth) -> (order, offsets).
+void def_packer(py::module_& m, const char* name, Packer* packer) {
+  using Lengths = py::array_t<int64_t, py::array::c_style>;
+  m.def(
+      name,
+      [packer](const Lengths& lengths, int64_t capacity, int64_t max_depth) {
+        const varlen::BinPackingProblem problem{
+            lengths.data(), lengths.size(), capacity, max_depth};
+        varlen::BinPacking packing;
+        {
+          const py::gil_scoped_release release;
+          packing = packer(problem);
+        }
+        return py::make_tuple(as_array(std::move(packing.order)),
+                              as_array(std::move(packing.offsets)));
+      },
+      py::arg("lengths"),
+      py::arg("capacity"),
+      py::arg("max_depth"),
+      "Bins as (order, offsets): bin b holds documents order[offsets[b]:offsets[b + 1]].");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -50,4 +87,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_symbols",
         &cuda_symbols,
         "Whether each CUDA symbol of torch's stable ABI that kernels use can be resolved.");
+  def_packer(m, "best_fit_decreasing", &varlen::best_fit_decreasing);
+  def_packer(m, "first_fit_decreasing", &varlen::first_fit_decreasing);
+  def_packer(m, "next_fit", &varlen::next_fit);
 }

@@ -2,6 +2,9 @@
 
 from typing import TypedDict
 
+import numpy as np
+from numpy.typing import NDArray
+
 class BuildInfo(TypedDict):
     version: str
     cuda: bool  # whether CUDA kernels were built
@@ -15,3 +18,14 @@ class BuildInfo(TypedDict):
 
 def build_info() -> BuildInfo: ...
 def cuda_symbols() -> dict[str, bool]: ...
+
+# (lengths int64 (n,), capacity, max_depth) -> (order int64 (n,), offsets int64 (bins + 1,))
+def best_fit_decreasing(
+    lengths: NDArray[np.int64], capacity: int, max_depth: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+def first_fit_decreasing(
+    lengths: NDArray[np.int64], capacity: int, max_depth: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
+def next_fit(
+    lengths: NDArray[np.int64], capacity: int, max_depth: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import varstream.reference.packing  # noqa: F401  (attaches the CPU kernels)
+from varstream._arrays import int_array
 from varstream._checks import check_bool, check_int, check_tensor, values_visible
 from varstream._load import autograd, fake_kernel
 
@@ -180,7 +181,7 @@ def cu_seqlens(
             raise TypeError(f"lengths must hold integers, got {counts.dtype}")
         counts = counts.to(torch.int64)
     else:
-        counts = _lengths_from_host(lengths)
+        counts = torch.from_numpy(int_array("lengths", lengths))
     if values_visible(counts) and counts.numel():
         if int(counts.min()) < 0:
             at = int((counts < 0).nonzero()[0])
@@ -188,22 +189,6 @@ def cu_seqlens(
         if float(counts.sum(dtype=torch.float64)) > INT32_MAX:
             raise ValueError(f"lengths must sum to less than 2**31, got {int(counts.sum())}")
     return _running_total(counts if device is None else counts.to(device))
-
-
-def _lengths_from_host(lengths: Any) -> Tensor:
-    """Integers of a list, tuple or array as an int64 tensor (B,)."""
-    if not isinstance(lengths, (Sequence, np.ndarray)) or isinstance(lengths, (str, bytes)):
-        raise TypeError(
-            f"lengths must be a list, array or tensor of integers, got {type(lengths).__name__}"
-        )
-    array = np.asarray(lengths)
-    if array.size == 0:
-        array = array.astype(np.int64)
-    if array.dtype == bool or not np.issubdtype(array.dtype, np.integer):
-        raise TypeError(f"lengths must hold integers, got {array.dtype}")
-    if array.ndim != 1:
-        raise ValueError(f"lengths must have 1 dimension (B,), got shape {array.shape}")
-    return torch.from_numpy(array.astype(np.int64))
 
 
 def _running_total(lengths: Tensor) -> Tensor:

@@ -1,0 +1,38 @@
+"""Integers from whatever callers hold: lists, arrays, tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def int_array(name: str, values: Any) -> np.ndarray:
+    """One dimension of integers as a contiguous int64 array, without a copy where possible.
+
+    Args:
+        name: the argument's name in the public signature.
+        values: (n,) list, tuple, integer array or integer tensor (copied from its device).
+
+    Raises:
+        TypeError: no such sequence, or one of other things than integers.
+        ValueError: more than one dimension, or integers past int64.
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().numpy()
+    elif not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, (str, bytes)):
+        raise TypeError(
+            f"{name} must be a list, array or tensor of integers, got {type(values).__name__}"
+        )
+    array = np.asarray(values)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.dtype == bool or not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"{name} must hold integers, got {array.dtype}")
+    if array.ndim != 1:
+        raise ValueError(f"{name} must have 1 dimension (n,), got shape {array.shape}")
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} must be below 2**63, got {array.max()}")
+    return np.ascontiguousarray(array, dtype=np.int64)

@@ -1,0 +1,144 @@
+"""Collation of documents into one packed row, in the form Hugging Face models take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varstream._arrays import int_array
+from varstream._checks import check_int
+from varstream.ops.packing import INT32_MAX
+
+_KNOWN = ("input_ids", "labels", "attention_mask")
+
+
+class PackedCollator:
+    """Concatenates documents into one row without padding: a ``collate_fn``.
+
+    Give it the documents of one bin at a time::
+
+        packs = batching.best_fit_decreasing(lengths, capacity=8192).shuffled(seed=epoch)
+        loader = DataLoader(dataset, batch_sampler=packs.bins, collate_fn=PackedCollator())
+
+    Each example is a mapping with ``input_ids`` (length,) and, when they differ from them,
+    ``labels`` (length,): lists, arrays or tensors. Tokens whose ``attention_mask`` is 0 are left
+    out. An empty document stays as a sequence of length 0.
+
+    A call returns, for ``total`` tokens in B documents:
+
+    - ``input_ids`` (1, total) int64;
+    - ``labels`` (1, total) int64, not shifted (the model shifts); the first token of each document
+      is ``ignore_index``, so that no document predicts the next one;
+    - ``position_ids`` (1, total) int64, starting again at each document;
+    - ``cu_seq_lens_q``, ``cu_seq_lens_k`` (B + 1,) int32, where documents start;
+    - ``max_length_q``, ``max_length_k`` int, the longest document, known without a device copy;
+    - (1, total) for each name in ``extra``.
+
+    Args:
+        ignore_index: label that the loss leaves out.
+        first_position: position of each document's first token (2 for RoBERTa's family).
+        max_length: bound to report as ``max_length_*`` in place of the longest document; constant
+            values keep compiled and captured code from being made again.
+        extra: names of further per-token columns to concatenate, such as ``advantages``.
+        ignored: names of columns to leave out. Any other column is refused.
+    """
+
+    def __init__(
+        self,
+        *,
+        ignore_index: int = -100,
+        first_position: int = 0,
+        max_length: int | None = None,
+        extra: Sequence[str] = (),
+        ignored: Sequence[str] = (),
+    ) -> None:
+        for name, names in (("extra", extra), ("ignored", ignored)):
+            if isinstance(names, str):
+                raise TypeError(f"{name} must be a sequence of names, got the string {names!r}")
+        self.ignore_index = check_int("ignore_index", ignore_index)
+        self.first_position = check_int("first_position", first_position, low=0)
+        self.max_length = None if max_length is None else check_int("max_length", max_length, low=0)
+        self.extra = tuple(extra)
+        self.ignored = frozenset(ignored)
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Collate ``examples``; see the class for what comes back.
+
+        Raises:
+            TypeError: an example that is no mapping, or tokens that are no integers.
+            ValueError: no examples, a column missing, unknown or of another length, a document
+                longer than ``max_length``; the message names the example.
+        """
+        if len(examples) == 0:
+            raise ValueError("examples must hold at least one example, got none")
+        documents = [self._document(i, example) for i, example in enumerate(examples)]
+        lengths = np.array([len(d["input_ids"]) for d in documents], dtype=np.int64)
+        starts = np.concatenate(([0], np.cumsum(lengths)))
+        total, longest = int(starts[-1]), int(lengths.max())
+        if total > INT32_MAX:
+            raise ValueError(f"examples must hold fewer than 2**31 tokens, got {total}")
+        if self.max_length is not None and longest > self.max_length:
+            at = int(lengths.argmax())
+            raise ValueError(
+                f"example {at} must have at most max_length={self.max_length} tokens, got {longest}"
+            )
+
+        batch: dict[str, Any] = {
+            name: _row(document[name] for document in documents) for name in documents[0]
+        }
+        first_tokens = starts[:-1][lengths > 0]
+        batch["labels"][0, torch.from_numpy(first_tokens)] = self.ignore_index
+        positions = np.arange(total) - np.repeat(starts[:-1], lengths) + self.first_position
+        batch["position_ids"] = torch.from_numpy(positions)[None]
+        cu_seqlens = torch.from_numpy(starts.astype(np.int32))
+        batch["cu_seq_lens_q"] = cu_seqlens
+        batch["cu_seq_lens_k"] = cu_seqlens.clone()
+        batch["max_length_q"] = batch["max_length_k"] = (
+            longest if self.max_length is None else self.max_length
+        )
+        return batch
+
+    def _document(self, index: int, example: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The checked per-token columns (length,) of one example."""
+        if not isinstance(example, Mapping):
+            raise TypeError(f"example {index} must be a mapping, got {type(example).__name__}")
+        if "input_ids" not in example:
+            raise ValueError(f"example {index} must have input_ids, got {sorted(example)}")
+        unknown = set(example) - {*_KNOWN, *self.extra} - self.ignored
+        if unknown:
+            raise ValueError(
+                f"example {index} has the column {min(unknown)!r}, which PackedCollator doesn't "
+                "know: name it in extra (one value per token) or in ignored"
+            )
+        tokens = int_array(f"input_ids of example {index}", example["input_ids"])
+        labels = example.get("labels")
+        columns = {
+            "input_ids": tokens,
+            "labels": tokens if labels is None else int_array(f"labels of example {index}", labels),
+        }
+        for name in self.extra:
+            if name not in example:
+                raise ValueError(f"example {index} must have {name}, got {sorted(example)}")
+            columns[name] = _host_array(example[name])
+        mask = example.get("attention_mask")
+        kept = None if mask is None else _host_array(mask) != 0
+        for name, column in (*columns.items(), ("attention_mask", kept)):
+            if column is not None and column.shape[:1] != tokens.shape:
+                raise ValueError(
+                    f"{name} of example {index} must have one value per token, {len(tokens)}, "
+                    f"got shape {column.shape}"
+                )
+        return columns if kept is None else {name: c[kept] for name, c in columns.items()}
+
+
+def _host_array(values: Any) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _row(columns: Any) -> Tensor:
+    """Per-document columns (length, ...) -> (1, total, ...)."""
+    return torch.from_numpy(np.concatenate(list(columns)))[None]
