@@ -6,8 +6,10 @@ Public names are re-exported here; each is documented where it is defined.
 from varstream._load import extension as _extension
 from varstream.ops.attention import varlen_attention
 from varstream.ops.attention_backward import varlen_attention_backward
+from varstream.ops.linear_cross_entropy import linear_cross_entropy
 from varstream.ops.merge import merge_attention
 from varstream.ops.packing import Packed, cu_seqlens, pack, unpack
+from varstream.ops.token_logprobs import token_logprobs
 
 __version__: str = _extension.build_info()["version"]
 
@@ -15,8 +17,10 @@ __all__ = [
     "Packed",
     "__version__",
     "cu_seqlens",
+    "linear_cross_entropy",
     "merge_attention",
     "pack",
+    "token_logprobs",
     "unpack",
     "varlen_attention",
     "varlen_attention_backward",

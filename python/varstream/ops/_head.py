@@ -1,0 +1,124 @@
+"""What the two head operators share: checks, autocast, the refusal of second derivatives."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+
+from varstream._checks import (
+    FLOATING,
+    check_float,
+    check_int,
+    check_same_dtype,
+    check_tensor,
+)
+from varstream.reference.head import Head
+
+AUTO_CHUNK = 0  # the op's word for "choose the chunk size"
+
+
+class HeadCall(NamedTuple):
+    """The operators' arguments up to ``chunk_size``, in schema order, checked."""
+
+    input: Tensor
+    linear_weight: Tensor
+    linear_bias: Tensor | None
+    target: Tensor
+    ignore_index: int
+    logit_scale: float
+    softcap: float
+    temperature: float
+    chunk_size: int
+
+    def head(self) -> Head:
+        """The projection as the reference kernels take it."""
+        return Head(
+            self.linear_weight, self.linear_bias, self.logit_scale, self.softcap, self.temperature
+        )
+
+
+def check_head(
+    input: Any,
+    linear_weight: Any,
+    target: Any,
+    *,
+    linear_bias: Any,
+    ignore_index: Any,
+    logit_scale: Any,
+    softcap: Any,
+    temperature: Any,
+    chunk_size: Any,
+) -> HeadCall:
+    """Check what both operators take; autocast applies as to a linear layer."""
+    check_tensor("input", input, ndim=2, dtypes=FLOATING, layout="(N, d)")
+    rows, width = input.shape
+    device = input.device
+    check_tensor("linear_weight", linear_weight, ndim=2, device=device, layout="(V, d)")
+    check_tensor("linear_weight", linear_weight, shape=(None, width), layout="(V, d)")
+    classes = linear_weight.shape[0]
+    if classes < 1:
+        raise ValueError(f"linear_weight must have at least one class (V, d), got {classes}")
+    if linear_bias is not None:
+        check_tensor("linear_bias", linear_bias, shape=(classes,), device=device, layout="(V,)")
+    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
+    check_same_dtype(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise NotImplementedError(
+            "target as class probabilities is not supported; target must be int64 or int32 (N,)"
+        )
+    integers = (torch.int64, torch.int32)
+    check_tensor("target", target, shape=(rows,), dtypes=integers, device=device, layout="(N,)")
+    temperature = check_float("temperature", temperature, low=0.0)
+    if temperature == 0.0:
+        raise ValueError("temperature must be above 0, got 0.0")
+    return HeadCall(
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        check_int("ignore_index", ignore_index),
+        check_float("logit_scale", logit_scale),
+        check_float("softcap", softcap, low=0.0),
+        temperature,
+        AUTO_CHUNK if chunk_size is None else check_int("chunk_size", chunk_size, low=1),
+    )
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    kind = tensors[0].device.type if tensors[0] is not None else "cpu"
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def refuse_second_derivative(name: str) -> NoReturn:
+    """Raise the error of a double backward."""
+    raise RuntimeError(
+        f"{name} has no second derivative; detach its gradients before differentiating them"
+    )
+
+
+class OnceOnly(torch.autograd.Function):
+    """Identity on a finished gradient, inserted under ``create_graph=True``; its backward refuses.
+
+    Without it such a gradient would look constant, and its second derivative would silently be 0.
+    ``anchor`` is an output of the operator: it leads back to what one would differentiate by.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, name: str, gradient: Tensor, anchor: Tensor) -> Tensor:
+        ctx.name = name
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        refuse_second_derivative(ctx.name)
+
+
+def may_overwrite(saved: Tensor) -> bool:
+    """Whether a running backward may hand out a tensor it saved: nothing is traced or retained."""
+    retained = torch._C._autograd._get_current_graph_task_keep_graph()
+    return type(saved) is Tensor and not torch.compiler.is_compiling() and not retained
