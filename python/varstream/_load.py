@@ -43,6 +43,9 @@ extension = _load_extension()
 # Registrations live exactly as long as this object.
 _library = torch.library.Library(NAMESPACE, "IMPL")
 
+# Operators whose CUDA tensors are served by ATen calls, for ``varstream info``.
+composed_on_cuda: set[str] = set()
+
 
 def cpu_kernel(name: str) -> Callable[[Fn], Fn]:
     """Register the decorated function as ``varstream::name`` for CPU tensors."""
@@ -64,6 +67,7 @@ def composed_kernel(name: str) -> Callable[[Fn], Fn]:
         _library.impl(name, fn, "CPU")
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA"):
             _library.impl(name, fn, "CUDA")
+            composed_on_cuda.add(name)
         return fn
 
     return register

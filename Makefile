@@ -1,0 +1,64 @@
+# varstream's tasks. `make` lists them.
+#
+# Without PYTHON, everything runs in .venv, made and filled when missing. With PYTHON=/path/to/python
+# that interpreter is used as it is, and only varstream itself is installed into it.
+
+SHELL := /bin/bash
+
+ifeq ($(origin PYTHON), undefined)
+  PYTHON := .venv/bin/python
+  ENVIRONMENT := .venv/.requirements
+else
+  ENVIRONMENT :=
+endif
+
+# One stamp per interpreter; the editable install only needs repeating when compiled parts change.
+STAMPS := build/stamps
+INSTALLED := $(STAMPS)/$(subst /,_,$(PYTHON)).installed
+SOURCES := CMakeLists.txt pyproject.toml \
+  $(shell find csrc -type f \( -name '*.h' -o -name '*.c*' -o -name '*.in' \))
+CXX_FILES := $(shell find csrc tests/cpp -type f \
+  \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
+
+CLANG_FORMAT = $(or $(wildcard $(dir $(PYTHON))clang-format),clang-format)
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lint format gpu clean
+
+help: ## List the tasks
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+env: $(INSTALLED) ## Make .venv when missing and install varstream into it
+
+.venv/.requirements: requirements-dev.txt requirements-cutlass.txt
+	@test -x .venv/bin/python || python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet -r requirements-dev.txt
+	.venv/bin/python -m pip install --quiet --no-deps -r requirements-cutlass.txt
+	@touch $@
+
+$(INSTALLED): $(ENVIRONMENT) $(SOURCES)
+	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	@mkdir -p $(STAMPS) && touch $@
+
+demo: $(INSTALLED) ## Train a small model, packed and streamed, and compare (DATA=path for own text)
+	$(PYTHON) -m varstream demo $(if $(DATA),--data $(DATA))
+
+test: $(INSTALLED) ## Run the tests (those that need a GPU are left out where there is none)
+	$(PYTHON) -m pytest -q
+
+lint: $(INSTALLED) ## Check style and types, change nothing
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(CLANG_FORMAT) --dry-run -Werror $(CXX_FILES)
+
+format: $(INSTALLED) ## Format all sources
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	$(CLANG_FORMAT) -i $(CXX_FILES)
+
+gpu: ## On a machine with a GPU: build, check symbols, test, sanitize, measure into bench/results
+	@bash bench/gpu.sh "$(if $(filter command line environment,$(origin PYTHON)),$(PYTHON),python3)"
+
+clean: ## Remove what was built, keep .venv
+	rm -rf build dist
