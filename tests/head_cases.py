@@ -1,0 +1,108 @@
+"""Dense reference, problems and option sets of the head's tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROWS = [0, 1, 2, 13, 15, 16, 17]  # none, one, a prime, a chunk edge and its neighbours
+CHUNK_SIZES = [1, 4, 7, 16, None]
+IGNORE = -100
+
+# What happens between the linear layer and the softmax
+SCALINGS: dict[str, dict[str, float]] = {
+    "plain": {},
+    "scale": {"logit_scale": 0.7},
+    "temperature": {"temperature": 1.6},
+    "softcap": {"softcap": 2.5},
+    "all": {"logit_scale": -1.3, "softcap": 4.0, "temperature": 0.8},
+}
+
+# Which of 16 rows are ignored
+IGNORED = {
+    "none": [],
+    "first": [0],
+    "last": [15],
+    "ends": [0, 1, 15],
+    "middle": [5, 6, 7, 11],
+    "alternate": [*range(0, 16, 2)],
+    "all_but_one": [*range(9), *range(10, 16)],
+    "all": [*range(16)],
+}
+
+
+@dataclass
+class Problem:
+    """A head's operands: input (N, d), weight (V, d), bias (V,) or None, target (N,)."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        given = (self.input, self.weight, self.bias)
+        return tuple(t for t in given if t is not None)
+
+    @property
+    def valid(self) -> Tensor:
+        return self.target != IGNORE
+
+    def cast(self, dtype: torch.dtype) -> Problem:
+        """The same values in another dtype, as new leaves."""
+        bias = None if self.bias is None else self.bias.detach().to(dtype).requires_grad_()
+        return Problem(
+            self.input.detach().to(dtype).requires_grad_(),
+            self.weight.detach().to(dtype).requires_grad_(),
+            bias,
+            self.target,
+        )
+
+    def logits(
+        self, logit_scale: float = 1.0, softcap: float = 0.0, temperature: float = 1.0
+    ) -> Tensor:
+        """All of them (N, V), by ordinary autograd."""
+        z = torch.nn.functional.linear(self.input, self.weight, self.bias) * logit_scale
+        if softcap > 0:
+            z = softcap * torch.tanh(z / softcap)
+        return z / temperature
+
+    def dense_logprobs(self, **scaling: float) -> tuple[Tensor, Tensor]:
+        """log p(target) and entropy, (N,) each, 0 at ignored rows."""
+        logp = self.logits(**scaling).log_softmax(-1)
+        picked = logp.gather(1, self.target.long().clamp(min=0)[:, None]).squeeze(1)
+        entropy = -(logp.exp() * logp).sum(1)
+        return picked * self.valid, entropy * self.valid
+
+    def dense_loss(self, reduction: str, **scaling: float) -> Tensor:
+        """Plain PyTorch's loss, 0 rather than NaN with every row ignored."""
+        loss = torch.nn.functional.cross_entropy(
+            self.logits(**scaling), self.target.long(), reduction="none", ignore_index=IGNORE
+        )
+        if reduction == "none":
+            return loss
+        return loss.sum() / (self.valid.sum().clamp(min=1) if reduction == "mean" else 1)
+
+
+def problem(
+    rows: int = 16,
+    width: int = 9,
+    classes: int = 23,
+    *,
+    bias: bool = True,
+    ignored: list[int] | None = None,
+    dtype: torch.dtype = torch.float64,
+    spread: float = 1.0,
+) -> Problem:
+    """Random operands that require gradients; ``spread`` scales the logits."""
+    target = torch.randint(0, classes, (rows,))
+    target[[r for r in ignored or [] if r < rows]] = IGNORE
+    return Problem(
+        torch.randn(rows, width, dtype=dtype, requires_grad=True),
+        (torch.randn(classes, width, dtype=dtype) * spread).requires_grad_(),
+        torch.randn(classes, dtype=dtype, requires_grad=True) if bias else None,
+        target,
+    )

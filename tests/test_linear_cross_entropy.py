@@ -1,0 +1,376 @@
+"""linear_cross_entropy against dense autograd: values, gradients, isolation, memory, bad input."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from head_cases import CHUNK_SIZES, IGNORED, ROWS, SCALINGS, problem
+
+import varstream as vs
+from varstream.testing import assert_error_ratio, assert_exact, peak_memory
+
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+def loss_of(p, reduction="mean", **options):
+    return vs.linear_cross_entropy(
+        p.input, p.weight, p.target, linear_bias=p.bias, reduction=reduction, **options
+    )
+
+
+def assert_same(p, loss, expected, tolerance=1e-12):
+    """Loss and gradients of every leaf equal under one non-uniform upstream gradient."""
+    assert_exact(loss, expected, tolerance, "loss")
+    upstream = torch.randn_like(expected)
+    actual = torch.autograd.grad(loss, p.leaves, upstream.to(loss.dtype))
+    wanted = torch.autograd.grad(expected, p.leaves, upstream)
+    for name, ours, theirs in zip(("input", "weight", "bias"), actual, wanted, strict=False):
+        assert ours.dtype == theirs.dtype
+        assert_exact(ours, theirs, tolerance, name)
+
+
+# --- values and gradients -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_equals_dense(reduction, rows, chunk_size):
+    p = problem(rows, ignored=[0, 7])
+    assert_same(p, loss_of(p, reduction, chunk_size=chunk_size), p.dense_loss(reduction))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_scalings_equal_dense(reduction, scaling, bias):
+    p = problem(17, bias=bias, ignored=[3])
+    loss = loss_of(p, reduction, chunk_size=5, **scaling)
+    assert_same(p, loss, p.dense_loss(reduction, **scaling))
+
+
+@pytest.mark.parametrize("ignored", IGNORED.values(), ids=IGNORED)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ignored_rows_equal_dense(reduction, ignored):
+    p = problem(16, ignored=ignored)
+    assert_same(p, loss_of(p, reduction, chunk_size=4), p.dense_loss(reduction))
+
+
+@pytest.mark.parametrize("width, classes", [(1, 1), (1, 2), (300, 7), (5, 4099)])
+def test_shapes_equal_dense(width, classes):
+    """One class, one feature, a width above 256 with bias, more classes than one weight block."""
+    p = problem(13, width, classes, ignored=[2])
+    assert_same(p, loss_of(p, chunk_size=6), p.dense_loss("mean"))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradcheck(reduction):
+    p = problem(5, 3, 4, ignored=[1])
+
+    def run(x, weight, bias):
+        return vs.linear_cross_entropy(
+            x, weight, p.target, linear_bias=bias, reduction=reduction, softcap=3.0, chunk_size=2
+        )
+
+    assert torch.autograd.gradcheck(run, p.leaves)
+
+
+@pytest.mark.parametrize("kind", ["int", "float", "0-d", "1-d", "int64"])
+def test_normalizer_divides_the_sum(kind):
+    p = problem(ignored=[4])
+    made = {
+        "int": 37,
+        "float": 37.0,
+        "0-d": torch.tensor(37.0),
+        "1-d": torch.tensor([37.0]),
+        "int64": torch.tensor(37),
+    }
+    assert_same(p, loss_of(p, normalizer=made[kind]), p.dense_loss("sum") / 37)
+
+
+@pytest.mark.parametrize("normalizer", [None, 0, 5, torch.tensor(0), torch.tensor(5.0)])
+def test_all_ignored_gives_zero_loss_and_zero_gradients(normalizer):
+    p = problem(ignored=IGNORED["all"])
+    loss = loss_of(p, normalizer=normalizer)
+    assert loss.item() == 0.0
+    for leaf, grad in zip(p.leaves, torch.autograd.grad(loss, p.leaves), strict=True):
+        assert torch.equal(grad, torch.zeros_like(leaf))
+
+
+def test_ignored_rows_of_none_are_plain_zero():
+    p = problem(ignored=[2, 9])
+    loss = loss_of(p, "none")
+    assert not torch.signbit(loss[~p.valid]).any() and not loss[~p.valid].any()
+
+
+def test_ignore_index_may_be_a_class():
+    p = problem()
+    p.target[::3] = 5
+    loss = loss_of(p, ignore_index=5)
+    expected = torch.nn.functional.cross_entropy(p.logits(), p.target, ignore_index=5)
+    assert_same(p, loss, expected)
+
+
+def test_masked_classes_with_infinite_bias():
+    p = problem(bias=True)
+    with torch.no_grad():
+        p.bias[[c for c in range(23) if c not in set(p.target.tolist())][0]] = -torch.inf
+    assert_same(p, loss_of(p, chunk_size=5), p.dense_loss("mean"))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_result_hardly_depends_on_chunk_size(reduction):
+    p = problem(61, dtype=torch.float32)
+    for size in (1, 4, 7, 16):
+        assert_same(p, loss_of(p, reduction, chunk_size=size), loss_of(p, reduction), 1e-6)
+
+
+# --- numerics -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_error_ratio(dtype, softcap):
+    """At most twice plain PyTorch's error (gradients with softcap: three times)."""
+    low = problem(67, 32, 301, dtype=dtype, ignored=[1, 2, 50])
+    exact = low.cast(torch.float64)
+    plain = low.cast(dtype)
+    results = []
+    for p in (low, plain, exact):
+        dense = p is not low
+        loss = p.dense_loss("mean", softcap=softcap) if dense else loss_of(p, softcap=softcap)
+        results.append((loss, *torch.autograd.grad(loss, p.leaves)))
+    assert results[0][0].dtype == torch.float32
+    for i, (ours, theirs, truth) in enumerate(zip(*results, strict=True)):
+        ratio = 3.0 if i > 0 and softcap > 0 else 2.0
+        assert i == 0 or ours.dtype == dtype
+        assert_error_ratio(ours, theirs, truth, ratio)
+
+
+@pytest.mark.parametrize("margin", [5.0, 15.0, 40.0])
+def test_confident_targets(margin):
+    """p(target) -> 1: the gradient p - 1 must not be lost to a rounded p."""
+    p = problem(16, 16, 16, bias=False)
+    with torch.no_grad():
+        p.weight.copy_(torch.eye(16, dtype=torch.float64))
+        p.input.copy_(torch.eye(16, dtype=torch.float64)[p.target] * margin)
+    single = p.cast(torch.float32)
+    loss = loss_of(single, chunk_size=5)
+    plain = single.dense_loss("mean")
+    for ours, theirs, truth in zip(
+        torch.autograd.grad(loss, single.leaves),
+        torch.autograd.grad(plain, single.leaves),
+        torch.autograd.grad(p.dense_loss("mean"), p.leaves),
+        strict=True,
+    ):
+        assert_error_ratio(ours, theirs, truth)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_common_offset_of_the_logits(reduction):
+    """Logits around 2^24 in float32, exactly representable: loss and dX as without the offset."""
+    p = problem(16, 8, 23, bias=False, dtype=torch.float32)
+    with torch.no_grad():
+        p.weight.copy_(torch.randint(-1, 2, p.weight.shape) * 2.0)
+        p.input.copy_(torch.randint(-1, 2, p.input.shape).float())
+        p.weight[:, 0], p.input[:, 0] = 1.0, 0.0
+    plain = loss_of(p, reduction, chunk_size=5)
+    upstream = torch.rand_like(plain)
+    (wanted,) = torch.autograd.grad(plain, p.weight, upstream)
+    with torch.no_grad():
+        p.input[:, 0] = 2.0**24
+    moved = loss_of(p, reduction, chunk_size=5)
+    assert_exact(moved, plain, 1e-6)
+    (grad,) = torch.autograd.grad(moved, p.weight, upstream)
+    assert_exact(grad[:, 1:], wanted[:, 1:], 1e-5)
+
+
+def test_underflowing_target_probability():
+    """p(target) = 0 in float32, yet its loss is the logits' gap."""
+    x = torch.tensor([[1.0]], requires_grad=True)
+    weight = torch.tensor([[500.0], [0.0]], requires_grad=True)
+    loss = vs.linear_cross_entropy(x, weight, torch.tensor([1]))
+    assert loss.item() == 500.0
+    assert torch.autograd.grad(loss, x)[0].item() == 500.0
+
+
+def test_bitwise_repeatable():
+    p = problem(130, 33, 501, dtype=torch.float32, ignored=[5])
+    runs = []
+    for _ in range(2):
+        loss = loss_of(p, chunk_size=32)
+        runs.append((loss, *torch.autograd.grad(loss, p.leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+# --- isolation, memory ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+@pytest.mark.parametrize("ignored", [k for k in IGNORED if k != "none"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ignored_rows_are_never_read(reduction, ignored, garbage):
+    p = problem(ignored=IGNORED[ignored])
+    clean = loss_of(p, reduction, chunk_size=4)
+    upstream = torch.randn_like(clean)
+    wanted = torch.autograd.grad(clean, p.leaves, upstream)
+    with torch.no_grad():
+        p.input[~p.valid] = garbage
+        if reduction == "none":
+            upstream[~p.valid] = garbage
+    planted = loss_of(p, reduction, chunk_size=4)
+    assert torch.equal(clean, planted)
+    for a, b in zip(wanted, torch.autograd.grad(planted, p.leaves, upstream), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("ignored", [[], [0, 100, 1023]])
+def test_never_holds_all_logits(reduction, ignored):
+    p = problem(1024, 32, 2000, dtype=torch.float32, bias=False, ignored=ignored)
+    upstream = torch.ones(()) if reduction != "none" else torch.rand(1024)
+
+    def run():
+        return torch.autograd.grad(loss_of(p, reduction, chunk_size=64), p.leaves, upstream)
+
+    run()
+    gradients = p.input.nbytes + p.weight.nbytes
+    logits = 1024 * 2000 * 4
+    assert peak_memory(run) - gradients < 0.15 * logits
+
+
+def test_automatic_chunks_stay_small():
+    """The default holds 512 rows of logits at most."""
+    p = problem(4096, 8, 2000, dtype=torch.float32, bias=False)
+    run = lambda: torch.autograd.grad(loss_of(p), p.leaves)  # noqa: E731
+    gradients = p.input.nbytes + p.weight.nbytes
+    assert peak_memory(run) - gradients < 0.15 * 4096 * 2000 * 4
+
+
+def test_graph_is_freed_without_the_collector():
+    p = problem()
+    gc.disable()
+    try:
+        loss = loss_of(p, "sum")
+        node = weakref.ref(loss.grad_fn)
+        del loss
+        assert node() is None
+    finally:
+        gc.enable()
+
+
+# --- autograd protocol ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
+def test_frozen_operands(reduction, frozen):
+    p = problem(ignored=[3])
+    wanted = torch.autograd.grad(p.dense_loss(reduction).sum(), p.leaves)
+    for i in frozen:
+        p.leaves[i].requires_grad_(False)
+    loss = loss_of(p, reduction, chunk_size=5).sum()
+    assert loss.requires_grad == (len(frozen) < 3)
+    if loss.requires_grad:
+        loss.backward()
+    for i, leaf in enumerate(p.leaves):
+        if i in frozen:
+            assert leaf.grad is None
+        else:
+            assert_exact(leaf.grad, wanted[i])
+
+
+def test_frozen_weight_costs_no_weight_gradient():
+    p = problem(64, 16, 4000, dtype=torch.float32, bias=False)
+    p.weight.requires_grad_(False)
+    assert peak_memory(lambda: loss_of(p, chunk_size=8).backward()) < p.weight.nbytes
+
+
+def test_without_gradients():
+    p = problem()
+    with torch.no_grad():
+        loss = loss_of(p)
+    assert not loss.requires_grad
+    assert_exact(loss, p.dense_loss("mean"))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_tied_weight_and_accumulation(reduction):
+    p = problem(bias=False)
+    tokens = torch.randint(0, 23, (16,))
+
+    def run(head):
+        embedded = torch.nn.functional.embedding(tokens, p.weight) * 0.5
+        return head(embedded).sum() * 3
+
+    ours = run(
+        lambda x: vs.linear_cross_entropy(x, p.weight, p.target, reduction=reduction, chunk_size=5)
+    )
+    theirs = run(
+        lambda x: torch.nn.functional.cross_entropy(x @ p.weight.t(), p.target, reduction=reduction)
+    )
+    (wanted,) = torch.autograd.grad(theirs, p.weight)
+    ours.backward(retain_graph=True)
+    assert_exact(p.weight.grad, wanted)
+    ours.backward()
+    assert_exact(p.weight.grad, 2 * wanted)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_second_backward(reduction):
+    p = problem()
+    loss = loss_of(p, reduction).sum()
+    first = torch.autograd.grad(loss, p.leaves, retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(loss, p.leaves, torch.tensor(2.0, dtype=torch.float64))
+    for a, k, b in zip(first, kept, second, strict=True):
+        assert torch.equal(a, k)
+        assert_exact(b, 2 * a)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, p.leaves)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_second_derivative(reduction):
+    p = problem()
+    (grad,) = torch.autograd.grad(loss_of(p, reduction).sum(), p.input, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.square().sum(), p.weight)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_strided_inputs(reduction):
+    p = problem(16, 9, 23)
+    x = torch.randn(9, 32, dtype=torch.float64).t()[::2].requires_grad_()
+    weight = torch.randn(9, 23, dtype=torch.float64).t().requires_grad_()
+    wide = torch.randint(0, 23, (32,))[::2]
+    p.input, p.weight, p.target = x, weight, wide
+    assert_same(p, loss_of(p, reduction, chunk_size=5), p.dense_loss(reduction))
+
+
+def test_expanded_input():
+    p = problem()
+    row = torch.randn(1, 9, dtype=torch.float64, requires_grad=True)
+    p.input = row.expand(16, 9)
+    loss, dense = loss_of(p), p.dense_loss("mean")
+    assert_exact(loss, dense)
+    assert_exact(torch.autograd.grad(loss, row)[0], torch.autograd.grad(dense, row)[0])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_int32_targets(reduction):
+    p = problem(ignored=[0, 5])
+    expected = loss_of(p, reduction)
+    p.target = p.target.int()
+    assert torch.equal(loss_of(p, reduction), expected)
+
+
+def test_autocast_casts_like_a_linear_layer():
+    p = problem(dtype=torch.float32)
+    low = p.cast(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(p)
+    assert torch.equal(loss, loss_of(low))
+    loss.backward()
+    assert p.weight.grad.dtype == torch.float32

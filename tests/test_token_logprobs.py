@@ -1,0 +1,264 @@
+"""token_logprobs against dense autograd: log-probabilities, entropies and their gradients."""
+
+import pytest
+import torch
+from head_cases import CHUNK_SIZES, IGNORED, ROWS, SCALINGS, problem
+
+import varstream as vs
+from varstream.testing import assert_error_ratio, assert_exact, peak_memory
+
+
+def run(p, return_entropy=True, **options):
+    return vs.token_logprobs(
+        p.input, p.weight, p.target, linear_bias=p.bias, return_entropy=return_entropy, **options
+    )
+
+
+def assert_same(p, actual, expected, tolerance=1e-12):
+    """Both outputs equal, and the gradients of every leaf under non-uniform upstream gradients."""
+    upstream = [torch.randn_like(e) for e in expected]
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_exact(ours, theirs, tolerance)
+    grads = torch.autograd.grad(actual, p.leaves, upstream)
+    wanted = torch.autograd.grad(expected, p.leaves, upstream)
+    for name, ours, theirs in zip(("input", "weight", "bias"), grads, wanted, strict=False):
+        assert_exact(ours, theirs, tolerance, name)
+
+
+# --- values and gradients -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
+@pytest.mark.parametrize("rows", ROWS)
+def test_equals_dense(rows, chunk_size):
+    p = problem(rows, ignored=[0, 7])
+    assert_same(p, run(p, chunk_size=chunk_size), p.dense_logprobs())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_scalings_equal_dense(scaling, bias):
+    p = problem(17, bias=bias, ignored=[3])
+    assert_same(p, run(p, chunk_size=5, **scaling), p.dense_logprobs(**scaling))
+
+
+@pytest.mark.parametrize("ignored", IGNORED.values(), ids=IGNORED)
+def test_ignored_rows_equal_dense(ignored):
+    p = problem(16, ignored=ignored)
+    assert_same(p, run(p, chunk_size=4), p.dense_logprobs())
+
+
+@pytest.mark.parametrize("scaling", ["plain", "all"])
+@pytest.mark.parametrize("which", [0, 1], ids=["logp", "entropy"])
+def test_one_output_alone(which, scaling):
+    p = problem(17, ignored=[3])
+    ours = run(p, chunk_size=5, **SCALINGS[scaling])[which]
+    theirs = p.dense_logprobs(**SCALINGS[scaling])[which]
+    assert_same(p, (ours,), (theirs,))
+
+
+def test_without_entropy():
+    p = problem(ignored=[3])
+    logp = run(p, return_entropy=False, chunk_size=5)
+    assert isinstance(logp, torch.Tensor)
+    assert_same(p, (logp,), p.dense_logprobs()[:1])
+
+
+@pytest.mark.parametrize("width, classes", [(1, 1), (1, 2), (300, 7), (5, 4099)])
+def test_shapes_equal_dense(width, classes):
+    p = problem(13, width, classes, ignored=[2])
+    assert_same(p, run(p, chunk_size=6), p.dense_logprobs())
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_gradcheck(softcap):
+    p = problem(4, 3, 5, ignored=[1])
+
+    def call(x, weight, bias):
+        return vs.token_logprobs(
+            x, weight, p.target, linear_bias=bias, softcap=softcap, return_entropy=True
+        )
+
+    assert torch.autograd.gradcheck(call, p.leaves)
+
+
+def test_any_objective():
+    """A clipped policy-gradient term with an entropy bonus, built on top by ordinary autograd."""
+    p = problem(ignored=[0, 9])
+    old, advantage = torch.randn(16, dtype=torch.float64) - 3, torch.randn(16, dtype=torch.float64)
+
+    def objective(logp, entropy):
+        ratio = (logp - old).exp()
+        clipped = ratio.clamp(0.8, 1.2)
+        gain = torch.minimum(ratio * advantage, clipped * advantage)
+        return -((gain + 0.01 * entropy) * p.valid).sum() / p.valid.sum()
+
+    ours, theirs = objective(*run(p, chunk_size=5)), objective(*p.dense_logprobs())
+    assert_same(p, (ours,), (theirs,))
+
+
+# --- numerics -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_error_ratio(dtype, softcap):
+    low = problem(67, 32, 301, dtype=dtype, ignored=[1, 2, 50])
+    exact, plain = low.cast(torch.float64), low.cast(dtype)
+    upstream = torch.rand(67, dtype=torch.float64)
+    results = []
+    for p in (low, plain, exact):
+        outs = run(p, softcap=softcap) if p is low else p.dense_logprobs(softcap=softcap)
+        total = sum((o.double() * upstream).sum() for o in outs)
+        results.append((*outs, *torch.autograd.grad(total, p.leaves)))
+    assert results[0][0].dtype == results[0][1].dtype == torch.float32
+    for i, (ours, theirs, truth) in enumerate(zip(*results, strict=True)):
+        assert_error_ratio(ours, theirs, truth, 3.0 if i > 1 and softcap > 0 else 2.0)
+
+
+def test_common_offset_of_the_logits():
+    """Exact logits around 2^24 in float32: the backward must not use an LSE rounded there."""
+    p = problem(16, 8, 23, bias=False, dtype=torch.float32)
+    with torch.no_grad():
+        p.weight.copy_(torch.randint(-1, 2, p.weight.shape) * 2.0)
+        p.input.copy_(torch.randint(-1, 2, p.input.shape).float())
+        p.weight[:, 0], p.input[:, 0] = 1.0, 0.0
+    plain = run(p, chunk_size=5)
+    upstream = [torch.rand(16), torch.rand(16)]
+    (wanted,) = torch.autograd.grad(plain, p.weight, upstream)
+    with torch.no_grad():
+        p.input[:, 0] = 2.0**24
+    moved = run(p, chunk_size=5)
+    for ours, theirs in zip(moved, plain, strict=True):
+        assert_exact(ours, theirs, 1e-6)
+    (grad,) = torch.autograd.grad(moved, p.weight, upstream)
+    assert_exact(grad[:, 1:], wanted[:, 1:], 1e-5)
+
+
+def test_certain_and_impossible_targets():
+    """p = 1 has entropy 0; p = 0 after underflow still has its log-probability."""
+    x = torch.tensor([[1.0], [1.0]], requires_grad=True)
+    weight = torch.tensor([[500.0], [0.0]], requires_grad=True)
+    logp, entropy = vs.token_logprobs(x, weight, torch.tensor([0, 1]), return_entropy=True)
+    assert logp.tolist() == [0.0, -500.0] and entropy.tolist() == [0.0, 0.0]
+    grads = torch.autograd.grad((logp + entropy).sum(), (x, weight))
+    assert grads[0].tolist() == [[0.0], [-500.0]] and grads[1].tolist() == [[-1.0], [1.0]]
+
+
+def test_bitwise_repeatable():
+    p = problem(130, 33, 501, dtype=torch.float32, ignored=[5])
+    runs = []
+    for _ in range(2):
+        outs = run(p, chunk_size=32)
+        runs.append((*outs, *torch.autograd.grad(sum(o.sum() for o in outs), p.leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+# --- isolation, memory ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+@pytest.mark.parametrize("ignored", [k for k in IGNORED if k != "none"])
+def test_ignored_rows_are_never_read(ignored, garbage):
+    p = problem(ignored=IGNORED[ignored])
+    clean = run(p, chunk_size=4)
+    upstream = [torch.randn_like(o) for o in clean]
+    wanted = torch.autograd.grad(clean, p.leaves, upstream)
+    with torch.no_grad():
+        p.input[~p.valid] = garbage
+        for u in upstream:
+            u[~p.valid] = garbage
+    planted = run(p, chunk_size=4)
+    assert all(torch.equal(a, b) for a, b in zip(clean, planted, strict=True))
+    for a, b in zip(wanted, torch.autograd.grad(planted, p.leaves, upstream), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_without_upstream_gradient_are_skipped():
+    p = problem()
+    mask = torch.arange(16) % 3 == 0
+    logp = run(p, return_entropy=False, chunk_size=4)
+    dense = p.dense_logprobs()[0]
+    assert_same(p, ((logp * mask).sum(),), ((dense * mask).sum(),))
+    zero = torch.autograd.grad(run(p, return_entropy=False).sum() * 0, p.leaves)
+    assert all(not g.any() for g in zero)
+
+
+@pytest.mark.parametrize("return_entropy", [False, True])
+def test_never_holds_all_logits(return_entropy):
+    p = problem(1024, 32, 2000, dtype=torch.float32, bias=False)
+    upstream = [torch.rand(1024) for _ in range(1 + return_entropy)]
+
+    def step():
+        outs = run(p, return_entropy, chunk_size=32)
+        return torch.autograd.grad(outs, p.leaves, upstream)
+
+    step()
+    gradients = p.input.nbytes + p.weight.nbytes
+    # beside the chunk (0.25 MB) the entropy keeps one block of 2 MB in the cache
+    bound = 0.06 * 1024 * 2000 * 4 + return_entropy * (2 << 20)
+    assert peak_memory(step) - gradients < bound
+
+
+# --- autograd protocol ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("return_entropy", [False, True])
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
+def test_frozen_operands(frozen, return_entropy):
+    p = problem(ignored=[3])
+    dense = p.dense_logprobs()[: 1 + return_entropy]
+    wanted = torch.autograd.grad(sum(o.sum() for o in dense), p.leaves)
+    for i in frozen:
+        p.leaves[i].requires_grad_(False)
+    outs = run(p, return_entropy, chunk_size=5)
+    total = sum(o.sum() for o in (outs if return_entropy else [outs]))
+    assert total.requires_grad == (len(frozen) < 3)
+    if total.requires_grad:
+        total.backward()
+    for i, leaf in enumerate(p.leaves):
+        if i in frozen:
+            assert leaf.grad is None
+        else:
+            assert_exact(leaf.grad, wanted[i])
+
+
+def test_without_gradients():
+    p = problem()
+    with torch.no_grad():
+        outs = run(p)
+    for ours, theirs in zip(outs, p.dense_logprobs(), strict=True):
+        assert not ours.requires_grad
+        assert_exact(ours, theirs)
+
+
+def test_second_backward():
+    p = problem()
+    total = sum(o.sum() for o in run(p))
+    first = torch.autograd.grad(total, p.leaves, retain_graph=True)
+    second = torch.autograd.grad(total, p.leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["logp", "entropy"])
+def test_no_second_derivative(which):
+    p = problem()
+    (grad,) = torch.autograd.grad(run(p)[which].sum(), p.input, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.square().sum(), p.weight)
+
+
+def test_strided_inputs_and_int32_targets():
+    p = problem(16, 9, 23)
+    p.input = torch.randn(9, 32, dtype=torch.float64).t()[::2].requires_grad_()
+    p.weight = torch.randn(9, 23, dtype=torch.float64).t().requires_grad_()
+    p.target = torch.randint(0, 23, (32,), dtype=torch.int32)[::2]
+    assert_same(p, run(p, chunk_size=5), p.dense_logprobs())
+
+
+def test_returned_lse():
+    p = problem(ignored=[3])
+    scalars = SCALINGS["all"].values()
+    call = (p.input, p.weight, p.bias, p.target, -100, *scalars, 5)
+    _, _, lse = torch.ops.varstream.token_logprobs(*call, False)
+    assert_exact(lse, p.logits(**SCALINGS["all"]).logsumexp(1) * p.valid)
