@@ -1,4 +1,5 @@
-"""varlen_attention against dense attention, one sequence at a time, in float64 and by the error-ratio rule."""
+"""varlen_attention against dense attention, one sequence at a time, in float64 and by the
+error-ratio rule."""
 
 import pytest
 import torch
@@ -226,7 +227,7 @@ def test_strided_inputs():
     assert_exact(vs.varlen_attention(turned, k, v, cu), dense_attention(turned, k, v, cu)[0])
 
 
-# --- dropout ------------------------------------------------------------------------------------------
+# --- dropout --------------------------------------------------------------------------------------
 
 
 def test_philox_known_answers():

@@ -1,4 +1,5 @@
-"""The backward as a primitive: adds into the caller's buffers, takes parts of a larger call, refuses bad buffers."""
+"""The backward as a primitive: adds into the caller's buffers, takes parts of a larger call,
+refuses bad buffers."""
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ def test_adds_into_the_callers_buffers():
 
 
 def test_a_chunk_against_its_prefix_in_two_parts():
-    """Queries of a chunk, keys split in two: the global out and LSE make partial gradients add up."""
+    """Queries of a chunk, keys split in two: the global out and LSE make partial gradients add
+    up."""
     q, k, v = make([6], [20])
     cu_q = cu_seqlens([6])
     out, lse = vs.varlen_attention(q, k, v, cu_q, cu_seqlens([20]), causal=True, return_lse=True)
@@ -52,9 +54,18 @@ def test_a_chunk_against_its_prefix_in_two_parts():
     dq_parts = torch.zeros_like(q)
     for rows, causal in ((slice(0, 14), False), (slice(14, 20), True)):
         dq_parts += vs.varlen_attention_backward(
-            dout, q, k[rows], v[rows], out, lse, cu_q, cu_seqlens([rows.stop - rows.start]),
-            causal=causal, dk=parts[0][rows], dv=parts[1][rows],
-        )  # fmt: skip
+            dout,
+            q,
+            k[rows],
+            v[rows],
+            out,
+            lse,
+            cu_q,
+            cu_seqlens([rows.stop - rows.start]),
+            causal=causal,
+            dk=parts[0][rows],
+            dv=parts[1][rows],
+        )
     assert_exact(dq_parts, dq)
     assert_exact(parts[0], whole[0])
     assert_exact(parts[1], whole[1])
@@ -76,9 +87,16 @@ def _arguments():
     cu = cu_seqlens([5])
     out, lse = vs.varlen_attention(q, k, v, cu, return_lse=True)
     return {
-        "dout": torch.randn_like(out), "q": q, "k": k, "v": v, "out": out, "lse": lse,
-        "cu_seqlens_q": cu, "dk": torch.zeros_like(k), "dv": torch.zeros_like(v),
-    }  # fmt: skip
+        "dout": torch.randn_like(out),
+        "q": q,
+        "k": k,
+        "v": v,
+        "out": out,
+        "lse": lse,
+        "cu_seqlens_q": cu,
+        "dk": torch.zeros_like(k),
+        "dv": torch.zeros_like(v),
+    }
 
 
 BAD = {

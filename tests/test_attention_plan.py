@@ -1,4 +1,5 @@
-"""The attention plan visits every visible score exactly once and no hidden one outside its edge tiles."""
+"""The attention plan visits every visible score exactly once and no hidden one outside its edge
+tiles."""
 
 import pytest
 from hypothesis import given, settings

@@ -1,11 +1,12 @@
-"""The attention ops as torch operators: opcheck, gradcheck, compilation, no second derivative, argument errors."""
+"""The attention ops as torch operators: opcheck, gradcheck, compilation, no second derivative,
+argument errors."""
 
 import pytest
 import torch
 from cases import cu_seqlens
 
 import varstream as vs
-from varstream.ops.attention import check_call
+from varstream.ops.attention_call import check_call
 from varstream.testing import assert_exact
 
 
@@ -16,11 +17,21 @@ def make(lq=(5, 3), lk=(5, 9), **overrides):
         torch.randn(sum(lk), 2, 8, dtype=torch.float64),
     )
     arguments = {
-        "cu_seqlens_q": cu_seqlens(list(lq)), "cu_seqlens_k": cu_seqlens(list(lk)), "max_seqlen_q": None,
-        "max_seqlen_k": None, "seqused_k": None, "causal": True, "window": (-1, -1), "softmax_scale": None,
-        "softcap": 0.0, "alibi_slopes": None, "sinks": None, "dropout_p": 0.0, "deterministic": False,
+        "cu_seqlens_q": cu_seqlens(list(lq)),
+        "cu_seqlens_k": cu_seqlens(list(lk)),
+        "max_seqlen_q": None,
+        "max_seqlen_k": None,
+        "seqused_k": None,
+        "causal": True,
+        "window": (-1, -1),
+        "softmax_scale": None,
+        "softcap": 0.0,
+        "alibi_slopes": None,
+        "sinks": None,
+        "dropout_p": 0.0,
+        "deterministic": False,
         "rng_state": None,
-    }  # fmt: skip
+    }
     return q, k, v, check_call(q, k, v, **(arguments | overrides))
 
 
@@ -135,34 +146,102 @@ CU = cu_seqlens([5])
 Q = torch.zeros(5, 4, 8)
 BAD = {
     "q_type": (TypeError, {"q": [1]}, "q must be a torch.Tensor, got list"),
-    "q_dims": (ValueError, {"q": torch.zeros(5, 8)}, r"q must have 3 dimensions \(total_q, Hq, D\), got shape \(5, 8\)"),
-    "q_dtype": (ValueError, {"q": Q.int()}, "q must have dtype float64, float32, bfloat16, float16, got int32"),
+    "q_dims": (
+        ValueError,
+        {"q": torch.zeros(5, 8)},
+        r"q must have 3 dimensions \(total_q, Hq, D\), got shape \(5, 8\)",
+    ),
+    "q_dtype": (
+        ValueError,
+        {"q": Q.int()},
+        "q must have dtype float64, float32, bfloat16, float16, got int32",
+    ),
     "mix": (ValueError, {"k": Q.double()}, "k must have the dtype of q"),
-    "device": (ValueError, {"k": Q.to("meta")}, "k must be on cpu like the other tensors, got meta"),
+    "device": (
+        ValueError,
+        {"k": Q.to("meta")},
+        "k must be on cpu like the other tensors, got meta",
+    ),
     "head_dim": (ValueError, {"k": torch.zeros(5, 4, 16)}, "k must have q's head dim 8"),
-    "heads": (ValueError, {"k": torch.zeros(5, 3, 8), "v": torch.zeros(5, 3, 8)}, "q must have a multiple of k's 3 heads, got 4"),
+    "heads": (
+        ValueError,
+        {"k": torch.zeros(5, 3, 8), "v": torch.zeros(5, 3, 8)},
+        "q must have a multiple of k's 3 heads, got 4",
+    ),
     "v_rows": (ValueError, {"v": torch.zeros(6, 4, 8)}, "v must have size 5 in dimension 0"),
-    "too_wide": (ValueError, {"q": torch.zeros(5, 4, 264), "k": torch.zeros(5, 4, 264)}, "q must have a head dim from 1 to 256, got 264"),
-    "cu_dtype": (ValueError, {"cu_seqlens_q": CU.long()}, "cu_seqlens_q must have dtype int32, got int64"),
-    "cu_start": (ValueError, {"cu_seqlens_q": torch.tensor([1, 5], dtype=torch.int32)}, "cu_seqlens_q must start at 0, got 1"),
-    "cu_falls": (ValueError, {"cu_seqlens_q": torch.tensor([0, 4, 2, 5], dtype=torch.int32)}, "cu_seqlens_q must never fall, got 4 then 2 at entry 2"),
-    "cu_total": (ValueError, {"cu_seqlens_q": torch.tensor([0, 4], dtype=torch.int32)}, "cu_seqlens_q must end at the number of rows 5, got 4"),
-    "cu_past": (ValueError, {"cu_seqlens_q": torch.tensor([0, 9], dtype=torch.int32), "max_seqlen_q": 9}, "cu_seqlens_q must not pass q's 5 rows, got 9"),
-    "cu_batch": (ValueError, {"cu_seqlens_k": cu_seqlens([2, 3])}, "cu_seqlens_k must have 2 entries like cu_seqlens_q, got 3"),
-    "cu_missing": (ValueError, {"k": torch.zeros(6, 4, 8), "v": torch.zeros(6, 4, 8)}, "cu_seqlens_k must be given"),
-    "max": (ValueError, {"max_seqlen_q": 4}, "max_seqlen_q must be at least the longest length 5, got 4"),
+    "too_wide": (
+        ValueError,
+        {"q": torch.zeros(5, 4, 264), "k": torch.zeros(5, 4, 264)},
+        "q must have a head dim from 1 to 256, got 264",
+    ),
+    "cu_dtype": (
+        ValueError,
+        {"cu_seqlens_q": CU.long()},
+        "cu_seqlens_q must have dtype int32, got int64",
+    ),
+    "cu_start": (
+        ValueError,
+        {"cu_seqlens_q": torch.tensor([1, 5], dtype=torch.int32)},
+        "cu_seqlens_q must start at 0, got 1",
+    ),
+    "cu_falls": (
+        ValueError,
+        {"cu_seqlens_q": torch.tensor([0, 4, 2, 5], dtype=torch.int32)},
+        "cu_seqlens_q must never fall, got 4 then 2 at entry 2",
+    ),
+    "cu_total": (
+        ValueError,
+        {"cu_seqlens_q": torch.tensor([0, 4], dtype=torch.int32)},
+        "cu_seqlens_q must end at the number of rows 5, got 4",
+    ),
+    "cu_past": (
+        ValueError,
+        {"cu_seqlens_q": torch.tensor([0, 9], dtype=torch.int32), "max_seqlen_q": 9},
+        "cu_seqlens_q must not pass q's 5 rows, got 9",
+    ),
+    "cu_batch": (
+        ValueError,
+        {"cu_seqlens_k": cu_seqlens([2, 3])},
+        "cu_seqlens_k must have 2 entries like cu_seqlens_q, got 3",
+    ),
+    "cu_missing": (
+        ValueError,
+        {"k": torch.zeros(6, 4, 8), "v": torch.zeros(6, 4, 8)},
+        "cu_seqlens_k must be given",
+    ),
+    "max": (
+        ValueError,
+        {"max_seqlen_q": 4},
+        "max_seqlen_q must be at least the longest length 5, got 4",
+    ),
     "max_type": (TypeError, {"max_seqlen_q": 4.5}, "max_seqlen_q must be an int, got float"),
-    "seqused": (ValueError, {"seqused_k": torch.tensor([6], dtype=torch.int32)}, "seqused_k must be between 0 and the sequence's 5 keys, got 6"),
-    "slopes": (ValueError, {"alibi_slopes": torch.zeros(3)}, r"alibi_slopes must have shape \(4,\) or \(1, 4\), got \(3,\)"),
-    "sinks": (ValueError, {"sinks": torch.zeros(5)}, r"sinks must have size 4 in dimension 0 \(Hq,\)"),
+    "seqused": (
+        ValueError,
+        {"seqused_k": torch.tensor([6], dtype=torch.int32)},
+        "seqused_k must be between 0 and the sequence's 5 keys, got 6",
+    ),
+    "slopes": (
+        ValueError,
+        {"alibi_slopes": torch.zeros(3)},
+        r"alibi_slopes must have shape \(4,\) or \(1, 4\), got \(3,\)",
+    ),
+    "sinks": (
+        ValueError,
+        {"sinks": torch.zeros(5)},
+        r"sinks must have size 4 in dimension 0 \(Hq,\)",
+    ),
     "window": (TypeError, {"window": 3}, "window must be a pair"),
     "window_low": (ValueError, {"window": (-2, 0)}, r"window\[0\] must be >= -1, got -2"),
     "softcap": (ValueError, {"softcap": -1.0}, "softcap must be >= 0.0, got -1.0"),
     "dropout": (ValueError, {"dropout_p": 1.0}, "dropout_p must be below 1"),
-    "rng": (ValueError, {"rng_state": torch.zeros(3, dtype=torch.int64)}, "rng_state must have size 2"),
+    "rng": (
+        ValueError,
+        {"rng_state": torch.zeros(3, dtype=torch.int64)},
+        "rng_state must have size 2",
+    ),
     "causal": (TypeError, {"causal": 1}, "causal must be a bool, got int"),
     "scale": (ValueError, {"softmax_scale": float("nan")}, "softmax_scale must be finite, got nan"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("error", "change", "message"), BAD.values(), ids=BAD)

@@ -10,18 +10,23 @@ from varstream.ops.linear_cross_entropy import linear_cross_entropy
 from varstream.ops.merge import merge_attention
 from varstream.ops.packing import Packed, cu_seqlens, pack, unpack
 from varstream.ops.token_logprobs import token_logprobs
+from varstream.streaming import UnsupportedModelError, stream, stream_layer, unstream
 
 __version__: str = _extension.build_info()["version"]
 
 __all__ = [
     "Packed",
+    "UnsupportedModelError",
     "__version__",
     "cu_seqlens",
     "linear_cross_entropy",
     "merge_attention",
     "pack",
+    "stream",
+    "stream_layer",
     "token_logprobs",
     "unpack",
+    "unstream",
     "varlen_attention",
     "varlen_attention_backward",
 ]

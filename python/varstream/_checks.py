@@ -1,7 +1,8 @@
 """Argument checks shared by the public wrappers.
 
-Every message names the argument, the contract and the value that broke it. Wrong kinds raise ``TypeError``, wrong
-shapes, dtypes, devices and values raise ``ValueError``, always before anything is written.
+Every message names the argument, the contract and the value that broke it. Wrong kinds raise
+``TypeError``, wrong shapes, dtypes, devices and values raise ``ValueError``, always before anything
+is written.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def check_bool(name: str, value: Any) -> bool:
 def check_cu_seqlens(name: str, value: Any, total: int | None, device: torch.device) -> Tensor:
     """Check cumulative lengths ``(B+1,)`` int32: start at 0, never fall, end at ``total``.
 
-    Values are read only where that costs no device synchronisation (CPU tensors outside compilation).
+    Values are read only where that costs no device synchronisation (CPU tensors outside
+    compilation).
     """
     cu = check_tensor(name, value, ndim=1, dtypes=(torch.int32,), device=device, layout="(B+1,)")
     if cu.shape[0] < 1:

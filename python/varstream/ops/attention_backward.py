@@ -1,4 +1,5 @@
-"""``varlen_attention_backward``: the backward as a primitive that adds into caller-owned accumulators."""
+"""``varlen_attention_backward``: the backward as a primitive that adds into caller-owned
+accumulators."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import torch
 from torch import Tensor
 
 from varstream._checks import acc_dtype, check_tensor
-from varstream.ops.attention import check_call
+from varstream.ops.attention_call import check_call
 
 
 def varlen_attention_backward(
@@ -36,17 +37,21 @@ def varlen_attention_backward(
     deterministic: bool = False,
     rng_state: Tensor | None = None,
 ) -> Tensor:
-    """Gradients of ``varlen_attention``: returns dq and **adds** dk, dv (and dsinks) into the caller's buffers.
+    """Gradients of ``varlen_attention``: returns dq and **adds** dk, dv (and dsinks) into the
+    caller's buffers.
 
-    ``out`` and ``lse`` may be those of a larger call that these keys are part of (a merged result, a ring step, a chunk
-    against a prefix): probabilities are ``exp(score - lse)``, so partial gradients add up to the whole.
+    ``out`` and ``lse`` may be those of a larger call that these keys are part of (a merged result,
+    a ring step, a chunk against a prefix): probabilities are ``exp(score - lse)``, so partial
+    gradients add up to the whole.
 
     Args:
         dout: ``(total_q, Hq, Dv)`` in q's dtype, the gradient of ``out``.
-        q, k, v, cu_seqlens_q, cu_seqlens_k and the keywords not listed here: as in ``varlen_attention``.
+        q, k, v, cu_seqlens_q, cu_seqlens_k and the keywords not listed here: as in
+            ``varlen_attention``.
         out: ``(total_q, Hq, Dv)`` in q's dtype, from the forward.
         lse: ``(Hq, total_q)`` in acc dtype, from the forward (sinks included).
-        dk: ``(total_k, Hkv, D)`` in acc dtype (float64 for float64 inputs, else float32), added into.
+        dk: ``(total_k, Hkv, D)`` in acc dtype (float64 for float64 inputs, else float32), added
+            into.
         dv: ``(total_k, Hkv, Dv)`` in acc dtype, added into.
         dsinks: ``(Hq,)`` in acc dtype, added into; required exactly when ``sinks`` is given.
         dlse: ``(Hq, total_q)`` in acc dtype, the gradient of ``lse``.
@@ -56,29 +61,45 @@ def varlen_attention_backward(
         dq ``(total_q, Hq, D)`` in q's dtype.
 
     Raises:
-        TypeError, ValueError: an argument breaks its contract or buffers overlap; nothing has been written then.
+        TypeError, ValueError: an argument breaks its contract or buffers overlap; nothing has been
+            written then.
 
     Source: FlashAttention-2 (Dao, 2023), with delta minus dlse for the LSE gradient.
     """
     call = check_call(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-        seqused_k=seqused_k, causal=causal, window=window, softmax_scale=softmax_scale, softcap=softcap,
-        alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, deterministic=deterministic,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_k=seqused_k,
+        causal=causal,
+        window=window,
+        softmax_scale=softmax_scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
         rng_state=rng_state,
-    )  # fmt: skip
+    )
     if dropout_p > 0.0 and rng_state is None:
         raise ValueError(
             "rng_state must be the forward's dropout state when dropout_p > 0, got None"
         )
     acc, device = (acc_dtype(q.dtype),), q.device
     rows, heads, value_dim = q.shape[0], q.shape[1], v.shape[2]
-    result = {"shape": (rows, heads, value_dim), "layout": "(total_q, Hq, Dv)", "device": device}
-    check_tensor("dout", dout, dtypes=(q.dtype,), **result)
-    check_tensor("out", out, dtypes=(q.dtype,), **result)
-    per_row = {"shape": (heads, rows), "layout": "(Hq, total_q)", "dtypes": acc, "device": device}
-    check_tensor("lse", lse, **per_row)
-    if dlse is not None:
-        check_tensor("dlse", dlse, **per_row)
+    for name, tensor in (("dout", dout), ("out", out)):
+        shape = (rows, heads, value_dim)
+        check_tensor(
+            name, tensor, shape=shape, dtypes=(q.dtype,), device=device, layout="(total_q, Hq, Dv)"
+        )
+    for name, tensor in (("lse", lse), ("dlse", lse if dlse is None else dlse)):
+        check_tensor(
+            name, tensor, shape=(heads, rows), dtypes=acc, device=device, layout="(Hq, total_q)"
+        )
     check_tensor("dk", dk, shape=k.shape, dtypes=acc, device=device, layout="(total_k, Hkv, D)")
     check_tensor("dv", dv, shape=v.shape, dtypes=acc, device=device, layout="(total_k, Hkv, Dv)")
     if (dsinks is None) != (sinks is None):

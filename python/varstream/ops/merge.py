@@ -18,12 +18,14 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         lses: their LSE ``(Hq, total_q)``, natural log, float32 (float64 for float64 outs).
 
     Returns:
-        out ``(total_q, Hq, Dv)`` in the dtype of ``outs`` and lse ``(Hq, total_q)``; both differentiable with respect to
-        every part. A row whose parts are all empty (lse -inf) has out 0, lse -inf and gradients 0; the ``out`` of an
-        empty part is never read, so it may hold anything.
+        out ``(total_q, Hq, Dv)`` in the dtype of ``outs`` and lse ``(Hq, total_q)``; both
+        differentiable with respect to every part. A row whose parts are all empty (lse -inf) has
+        out 0, lse -inf and gradients 0; the ``out`` of an empty part is never read, so it may hold
+        anything.
 
     Raises:
-        TypeError, ValueError: the lists are empty or differ in length, or a tensor breaks its contract.
+        TypeError, ValueError: the lists are empty or differ in length, or a tensor breaks its
+            contract.
 
     Source: ``lse = logsumexp_b lse_b``, ``out = sum_b exp(lse_b - lse) out_b``.
     """
@@ -38,13 +40,18 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
             f"outs[{i}]", out, shape=first.shape, dtypes=(first.dtype,), device=first.device
         )
         check_tensor(
-            f"lses[{i}]", lse, shape=(first.shape[1], first.shape[0]), dtypes=(acc,), device=first.device,
+            f"lses[{i}]",
+            lse,
+            shape=(first.shape[1], first.shape[0]),
+            dtypes=(acc,),
+            device=first.device,
             layout="(Hq, total_q)",
-        )  # fmt: skip
+        )
     parts = torch.stack(tuple(lses))  # (P, Hq, total_q)
     empty = parts == -torch.inf
     dead = empty.all(0)
-    # Constants stand in for -inf so that neither the values nor the gradients of empty parts are NaN.
+    # Constants stand in for -inf so that neither the values nor the gradients of empty parts are
+    # NaN.
     top = parts.detach().masked_fill(empty, torch.finfo(acc).min).amax(0)
     top = top.masked_fill(dead, 0.0)
     weights = (parts.masked_fill(empty, 0.0) - top).exp().masked_fill(empty, 0.0)

@@ -1,14 +1,16 @@
 """Varlen attention composed from ATen: forward and backward over the tiles of ``attention_plan``.
 
-Tiles without score modifiers run in ATen's CPU flash kernel (GQA inside, natural-log LSE, float64 too); the others, and
-all tiles on devices without that kernel, form one bounded block of scores at a time. Partial results are merged by LSE.
-The backward uses the merged output and LSE for every tile, so nothing is merged there (FlashAttention-2, Dao 2023).
+Tiles without score modifiers run in ATen's CPU flash kernel (GQA inside, natural-log LSE, float64
+too); the others, and all tiles on devices without that kernel, form one bounded block of scores at
+a time. Partial results are merged by LSE. The backward uses the merged output and LSE for every
+tile, so nothing is merged there (FlashAttention-2, Dao 2023).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,15 +23,16 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 SCORE_ROWS, SCORE_KEYS = 256, 512  # a block of scores: Hq * 256 * 512 elements in acc dtype
-FLASH_CAUSAL_ROWS = (
-    256  # ATen skips masked keys in blocks of 512: finer row blocks waste less of the triangle
-)
+FLASH_KEYS = 2048  # bounds the dk, dv that one tile's backward returns
+# ATen skips hidden keys in blocks of 512: finer row blocks waste less at the mask's border.
+FLASH_BORDER_ROWS = 256
 WHOLE = 2**62
 
 
 @dataclass(frozen=True)
 class Options:
-    """Every argument of the op that isn't q, k, v or a result; ``left``/``right`` hold the causal rule as well."""
+    """Every argument of the op that isn't q, k, v or a result; ``left``/``right`` hold the causal
+    rule as well."""
 
     cu_seqlens_q: Tensor  # (B+1,) int32
     cu_seqlens_k: Tensor  # (B+1,) int32
@@ -65,7 +68,8 @@ class Sequence:
     sk: int  # keys in use
 
     def positions(self, block: RowBlock, tile: Tile, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Aligned query positions (n,) and key positions (m,) of a tile, counted from the first key."""
+        """Aligned query positions (n,) and key positions (m,) of a tile, counted from the first
+        key."""
         shift = self.sk - self.sq
         rows = torch.arange(block.q0 + shift, block.q1 + shift, device=device)
         return rows, torch.arange(tile.k0, tile.k1, device=device)
@@ -85,12 +89,15 @@ def plan(seq: Sequence, opts: Options, flash: bool) -> list[RowBlock]:
     """Row blocks of one sequence for the flash kernel or for blocks of scores."""
     if not flash:
         return plan_sequence(seq.sq, seq.sk, opts.left, opts.right, SCORE_ROWS, SCORE_KEYS, False)
-    if opts.left < 0 and opts.right < 0:
-        return plan_sequence(seq.sq, seq.sk, -1, -1, WHOLE, WHOLE, True)
-    return plan_sequence(seq.sq, seq.sk, opts.left, opts.right, FLASH_CAUSAL_ROWS, WHOLE, True)
+    rows = FLASH_BORDER_ROWS
+    if not opts.windowed:
+        # Each row block adds into dk, dv of all the keys it sees, so a long prefix wants few
+        # blocks.
+        rows = WHOLE if opts.right < 0 or seq.sk >= 2 * seq.sq else max(rows, seq.sq // 4)
+    return plan_sequence(seq.sq, seq.sk, opts.left, opts.right, rows, FLASH_KEYS, True)
 
 
-# --- forward ------------------------------------------------------------------------------------------
+# --- forward --------------------------------------------------------------------------------------
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, opts: Options) -> tuple[Tensor, Tensor]:
@@ -119,7 +126,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, opts: Options) -> tuple[T
 
 
 def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Merge partial (out (n, Hq, Dv), lse (Hq, n)) over disjoint keys; the result's out is in acc dtype."""
+    """Merge partial (out (n, Hq, Dv), lse (Hq, n)) over disjoint keys; the result's out is in acc
+    dtype."""
     lse = torch.logaddexp(a[1], b[1])  # -inf with -inf stays -inf
     safe = lse.masked_fill(lse == -torch.inf, 0.0)
     weight_a, weight_b = ((p[1] - safe).exp_().t().unsqueeze(-1) for p in (a, b))
@@ -151,7 +159,8 @@ def _flash_tile(
 def _score_tile(
     q: Tensor, k: Tensor, v: Tensor, opts: Options, seq: Sequence, block: RowBlock, tile: Tile
 ) -> tuple[Tensor, Tensor]:
-    """Form the tile's scores and reduce them: partial out (n, Hq, Dv) in acc dtype and lse (Hq, n)."""
+    """Form the tile's scores and reduce them: partial out (n, Hq, Dv) in acc dtype and lse (Hq,
+    n)."""
     scores, _ = _scores(q, k, opts, seq, block, tile)
     top = scores.amax(-1, keepdim=True)
     top.masked_fill_(top == -torch.inf, 0.0)
@@ -201,17 +210,25 @@ def _keep(opts: Options, seq: Sequence, block: RowBlock, tile: Tile, p: Tensor) 
     return keep.to(p.dtype).view(p.shape)
 
 
-# --- backward -----------------------------------------------------------------------------------------
+# --- backward -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What the backward reads besides q, k, v: the forward's results and the gradients that arrive."""
+    """What the backward reads besides q, k, v: the forward's results and the gradients that
+    arrive."""
 
     out: Tensor  # (total_q, Hq, Dv)
     lse: Tensor  # (Hq, total_q)
     dout: Tensor  # (total_q, Hq, Dv)
     dlse: Tensor | None  # (Hq, total_q)
+
+    @cached_property
+    def delta(self) -> Tensor:
+        """(Hq, total_q): rowsum(dout * out) - dlse, which every dscore of a row subtracts."""
+        acc = acc_dtype(self.out.dtype)
+        delta = (self.dout.to(acc) * self.out.to(acc)).sum(-1).t()
+        return delta if self.dlse is None else delta - self.dlse
 
 
 def attention_backward(
@@ -228,11 +245,6 @@ def attention_backward(
     acc = acc_dtype(q.dtype)
     dq = q.new_zeros(q.shape, dtype=acc)
     flash = opts.plain and q.device.type == "cpu"
-    delta = None
-    if not flash or opts.windowed or dsinks is not None:
-        # (Hq, total_q): rowsum(dout * out) - dlse, the term every dscore of a row subtracts
-        delta = (saved.dout.to(acc) * saved.out.to(acc)).sum(-1).t()
-        delta = delta if saved.dlse is None else delta - saved.dlse
     for seq in sequences(opts):
         for block in plan(seq, opts, flash):
             rows = slice(seq.q0 + block.q0, seq.q0 + block.q1)
@@ -241,22 +253,20 @@ def attention_backward(
                 if flash and tile.kind != EDGE:
                     grads = _flash_tile_backward(q, k, v, saved, opts, tile, rows, keys)
                 else:
-                    grads = _score_tile_backward(
-                        q, k, v, saved, delta, opts, seq, block, tile, rows, keys
-                    )
+                    grads = _score_tile_backward(q, k, v, saved, opts, seq, block, tile, rows, keys)
                 dq[rows] += grads[0]
                 dk[keys] += grads[1]
                 dv[keys] += grads[2]
     if dsinks is not None and opts.sinks is not None:
-        _add_dsinks(dsinks, saved.lse, delta, opts)
+        _add_dsinks(dsinks, saved, opts)
     return dq
 
 
-def _add_dsinks(dsinks: Tensor, lse: Tensor, delta: Tensor, opts: Options) -> None:
+def _add_dsinks(dsinks: Tensor, saved: Saved, opts: Options) -> None:
     """dsink = -sum over its rows of p_sink * delta; rows past the last sequence don't count."""
     rows = int(opts.cu_seqlens_q[-1])
     assert opts.sinks is not None
-    lse, delta = lse[:, :rows], delta[:, :rows]
+    lse, delta = saved.lse[:, :rows], saved.delta[:, :rows]
     p = (opts.sinks.to(lse.dtype)[:, None] - lse).exp()
     p = p.masked_fill(lse == -torch.inf, 0.0)
     dsinks -= (p * delta).sum(1)
@@ -274,8 +284,8 @@ def _flash_tile_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one tile from ATen's kernel, given the row's global out and LSE.
 
-    An LSE gradient rides along exactly: with a column of ones in v, zeros in q, k and out, and dlse as dout's extra
-    column, the kernel's dout.v - dout.out becomes dout.v + dlse - delta.
+    An LSE gradient rides along exactly. With a column of ones in v, zeros in q, k and out, and dlse
+    as dout's extra column, the kernel's dout.v - dout.out becomes dout.v + dlse - dout.out.
     """
     qt, kt, vt, out, dout = q[rows], k[keys], v[keys], saved.out[rows], saved.dout[rows]
     width = max(q.shape[2], v.shape[2])
@@ -305,7 +315,6 @@ def _score_tile_backward(
     k: Tensor,
     v: Tensor,
     saved: Saved,
-    delta: Tensor,
     opts: Options,
     seq: Sequence,
     block: RowBlock,
@@ -327,7 +336,7 @@ def _score_tile_backward(
         keep = _keep(opts, seq, block, tile, p)
         dp, dropped = dp * keep, p * keep
     dv = (dropped.transpose(-1, -2) @ dout).sum(1).transpose(0, 1)  # (m, Hkv, Dv)
-    ds = dp.sub_(delta[:, rows].reshape(kv_heads, -1, lse.shape[1], 1)).mul_(p)
+    ds = dp.sub_(saved.delta[:, rows].reshape(kv_heads, -1, lse.shape[1], 1)).mul_(p)
     if tanh is not None:
         ds = ds * (1.0 - tanh * tanh)
     ds = ds * opts.softmax_scale
@@ -337,7 +346,7 @@ def _score_tile_backward(
     return dq, dk, dv
 
 
-# --- layout -------------------------------------------------------------------------------------------
+# --- layout ---------------------------------------------------------------------------------------
 
 
 def _heads_first(t: Tensor) -> Tensor:

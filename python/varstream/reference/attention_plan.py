@@ -1,6 +1,7 @@
 """Which parts of each sequence's score matrix are visited: lengths and masks to plain data.
 
-A plan is a list of row blocks; each block holds the tiles of keys its rows see. Work is proportional to the visible
+A plan is a list of row blocks; each block holds the tiles of keys its rows see. Work is
+proportional to the visible
 area: a key that no row of a block sees is in none of its tiles.
 """
 
@@ -14,8 +15,8 @@ FULL, CAUSAL, EDGE = "full", "causal", "edge"
 class Tile(NamedTuple):
     """Keys ``[k0, k1)`` of one sequence as a row block sees them.
 
-    ``full``: every row sees every key. ``causal``: a square, row r sees keys up to r. ``edge``: a border of the mask
-    runs through the tile, which has to be masked key by key.
+    ``full``: every row sees every key. ``causal``: a square, row r sees keys up to r. ``edge``: a
+    border of the mask runs through the tile, which has to be masked key by key.
     """
 
     k0: int
@@ -32,7 +33,8 @@ class RowBlock(NamedTuple):
 
 
 def visible_range(row: int, sq: int, sk: int, left: int, right: int) -> tuple[int, int]:
-    """Keys ``[first, last)`` that query ``row`` sees; both borders aligned bottom-right, -1 is unbounded."""
+    """Keys ``[first, last)`` that query ``row`` sees; both borders aligned bottom-right, -1 is
+    unbounded."""
     at = row + sk - sq
     first = min(sk, max(0, at - left)) if left >= 0 else 0
     last = max(0, min(sk, at + right + 1)) if right >= 0 else sk

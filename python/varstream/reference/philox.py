@@ -1,7 +1,9 @@
-"""Philox4x32-10 (Salmon et al., SC 2011) as tensor arithmetic: dropout that every back end replays bit for bit.
+"""Philox4x32-10 (Salmon et al., SC 2011) as tensor arithmetic: dropout that every back end replays
+bit for bit.
 
-The keep decision of score (sequence b, head h, query i, key j) depends on ``rng_state`` and those four numbers only, i
-and j counted from the sequence's first key, so it doesn't change with tiling, packing or chunk edges.
+The keep decision of score (sequence b, head h, query i, key j) depends on ``rng_state`` and those
+four numbers only, i and j counted from the sequence's first key, so it doesn't change with tiling,
+packing or chunk edges.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 
 
 def philox4x32(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Ten rounds over four int64 tensors holding 32-bit counters; returns four tensors of 32-bit words."""
+    """Ten rounds over four int64 tensors holding 32-bit counters; returns four tensors of 32-bit
+    words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

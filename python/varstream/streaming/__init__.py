@@ -1,4 +1,5 @@
-"""Streaming backward: layers that keep their input and recompute one chunk at a time (StreamBP over packed rows)."""
+"""Streaming backward: layers that keep their input and recompute one chunk at a time (StreamBP over
+packed rows)."""
 
 from varstream.streaming.decoder import UnsupportedModelError
 from varstream.streaming.huggingface import stream, unstream

@@ -10,7 +10,8 @@ from typing import NamedTuple
 class Chunk(NamedTuple):
     """Rows ``[begin, end)`` of the packed batch and the keys they can see.
 
-    Keys begin at the start of the first document the chunk touches, not at row 0, and end at the chunk's own end.
+    Keys begin at the start of the first document the chunk touches, not at row 0, and end at the
+    chunk's own end.
     """
 
     begin: int

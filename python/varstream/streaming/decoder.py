@@ -1,7 +1,8 @@
-"""What a Hugging Face decoder layer of the Llama shape is made of, as the two functions ``stream_layer`` wants.
+"""What a Hugging Face decoder layer of the Llama shape is made of, as the two functions
+``stream_layer`` wants.
 
-A layer is understood by its parts: norm, q/k/v/o projections with optional q and k norms, norm, gated MLP, two
-residuals. Anything else is refused by name before the model is touched.
+A layer is understood by its parts (norm, q/k/v/o projections with optional q and k norms, norm,
+gated MLP, two residuals). Anything else is refused by name before the model is touched.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class UnsupportedModelError(ValueError):
-    """A model has a part that streaming doesn't understand; the message names it and the model is untouched."""
+    """A model has a part that streaming doesn't understand; the message names it and the model is
+    untouched."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Rotary:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """The two halves of one layer; ``rows`` are packed row numbers, which index the rotary tables."""
+    """The two halves of one layer; ``rows`` are packed row numbers, which index the rotary
+    tables."""
 
     layer: Any
     rotary: Rotary
@@ -63,7 +66,8 @@ class DecoderLayer:
         return x + self.layer.mlp(self.layer.post_attention_layernorm(x))
 
     def attention(self) -> dict[str, Any]:
-        """Keywords of ``varlen_attention`` for this layer; Hugging Face counts the row itself in its window."""
+        """Keywords of ``varlen_attention`` for this layer; Hugging Face counts the row itself in
+        its window."""
         window = getattr(self.layer.self_attn, "sliding_window", None)
         options: dict[str, Any] = {"softmax_scale": self.layer.self_attn.scaling}
         return options | ({"window": (window - 1, 0)} if window else {})
@@ -79,7 +83,8 @@ def check_supported(model: nn.Module) -> None:
     kind = getattr(config, "model_type", None)
     if kind not in MODEL_TYPES:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has model type {kind!r}; vs.stream understands {', '.join(MODEL_TYPES)}"
+            f"{type(model).__name__} has model type {kind!r}; "
+            f"vs.stream understands {', '.join(MODEL_TYPES)}"
         )
     backbone, head = getattr(model, "model", None), getattr(model, "lm_head", None)
     if backbone is None or not hasattr(backbone, "layers"):
@@ -88,7 +93,8 @@ def check_supported(model: nn.Module) -> None:
         raise UnsupportedModelError(f"lm_head is a {type(head).__name__}, not a plain nn.Linear")
     if dropout := getattr(config, "attention_dropout", 0.0):
         raise UnsupportedModelError(
-            f"config.attention_dropout is {dropout}; streaming recomputes attention and needs it to be 0.0"
+            f"config.attention_dropout is {dropout}; "
+            "streaming recomputes attention and needs it to be 0.0"
         )
     parts = {name for name, _ in backbone.named_children()}
     if unknown := parts - {"embed_tokens", "layers", "norm", "rotary_emb"}:

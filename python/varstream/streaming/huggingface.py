@@ -1,7 +1,8 @@
 """``vs.stream`` and ``vs.unstream``: a Hugging Face causal language model, in place.
 
-Two forwards are replaced on the instances, the backbone's and the whole model's; weights, configuration, ``generate``
-and ``state_dict`` stay what they are. Without gradients or with a cache the original forwards run untouched.
+Two forwards are replaced on the instances, the backbone's and the whole model's; weights,
+configuration, ``generate`` and ``state_dict`` stay what they are. Without gradients or with a cache
+the original forwards run untouched.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from varstream.streaming.decoder import (
     UnsupportedModelError,
     check_supported,
 )
-from varstream.streaming.layer import Schedule, resolve_chunk_size, run_streamed
+from varstream.streaming.layer import run_streamed
 from varstream.streaming.rows import Rows, make_rows, shift_labels
+from varstream.streaming.schedule import Schedule, resolve_chunk_size
 
 IGNORE_INDEX = -100
 _STATE = "_varstream"
@@ -72,16 +74,18 @@ def stream(
 ) -> Any:
     """Make a Hugging Face causal language model stream its backward, in place.
 
-    Training then keeps one input per layer and one chunk's activations, never the logits; padded batches are packed
-    inside, packed rows are taken as they are, and losses and gradients stay those of the dense model. Use it as before:
-    ``loss = model(...).loss; loss.backward()``. With ``labels`` the output has no logits (they are never formed). The
-    backbone alone (``model.model``) streams too. Each document's last token predicts nothing.
+    Training then keeps one input per layer and one chunk's activations, never the logits; padded
+    batches are packed inside, packed rows are taken as they are, and losses and gradients stay
+    those of the dense model. Use it as before: ``loss = model(...).loss; loss.backward()``. With
+    ``labels`` the output has no logits (they are never formed). The backbone alone
+    (``model.model``) streams too. Each document's last token predicts nothing.
 
     Args:
         model: a ``LlamaForCausalLM``, ``Qwen2ForCausalLM`` or ``Qwen3ForCausalLM``.
         chunk_size: rows of a layer chunk, or ``"auto"`` (1024 on the CPU, 4096 on CUDA).
         head_chunk_size: rows of a chunk of logits, or ``"auto"``.
-        offload: keeping layer inputs in host memory is not available in this version; must be False.
+        offload: keeping layer inputs in host memory is not available in this version; must be
+            False.
         memory_budget: planning chunks for a budget is not available in this version; must be None.
         reverse: walk each layer's chunks last to first; the result is the same to rounding.
 
@@ -89,7 +93,8 @@ def stream(
         The same model.
 
     Raises:
-        UnsupportedModelError: a ValueError naming the part of the model that isn't understood; nothing was changed.
+        UnsupportedModelError: a ValueError naming the part of the model that isn't understood;
+            nothing was changed.
         TypeError, ValueError: an argument breaks its contract.
 
     Source: StreamBP (arXiv 2506.03077) over packed rows, with K and V formed once a layer.
@@ -108,6 +113,7 @@ def stream(
     if hasattr(model, _STATE):
         unstream(model)
     backbone = model.model
+    targets: list[tuple[Any, Callable[..., Any]]]
     targets = [(model, _model_forward), (backbone, _backbone_forward)]
     targets += [(layer, _layer_forward) for layer in backbone.layers]
     for module, forward in targets:
@@ -134,7 +140,7 @@ def unstream(model: Any) -> Any:
     return model
 
 
-# --- the replaced forwards ----------------------------------------------------------------------------
+# --- the replaced forwards ------------------------------------------------------------------------
 
 
 def _layer_forward(
@@ -166,26 +172,33 @@ def _backbone_forward(
     use_cache: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    """The decoder's forward; returns what the model's own would, or the packed rows to a streamed model."""
+    """The decoder's forward; returns what the model's own would, or the packed rows to a streamed
+    model."""
     state: State = getattr(self, _STATE)
     if not torch.is_grad_enabled() or use_cache or past_key_values is not None:
         return state.original(self)(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
-        )  # fmt: skip
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
     packed_only = kwargs.pop("stream_packed", False)
     return_dict = kwargs.pop("return_dict", None)
     _check_kwargs(self, kwargs)
     rows = _rows(input_ids, inputs_embeds, attention_mask, position_ids, kwargs)
     if rows.gaps and any(getattr(layer.self_attn, "sliding_window", None) for layer in self.layers):
         raise ValueError(
-            "attention_mask has masked positions inside a document, which a sliding window counts as keys; "
-            "a streamed model can't honour both"
+            "attention_mask has masked positions inside a document, which a sliding window counts "
+            "as keys; a streamed model can't honour both"
         )
-    if input_ids is not None:
-        x = self.embed_tokens(rows.pack(input_ids.unsqueeze(-1)).squeeze(-1))
-    else:
+    if inputs_embeds is not None:
         x = rows.pack(inputs_embeds)
+    else:
+        assert input_ids is not None
+        x = self.embed_tokens(rows.pack(input_ids))
     x = _decode(self, x, rows, state)
     if packed_only:
         return x, rows
@@ -221,7 +234,7 @@ def _rows(
     given = input_ids if input_ids is not None else inputs_embeds
     assert given is not None
     cu, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
-    if (cu is None) != (cu_k is None) or (cu is not None and not torch.equal(cu, cu_k)):
+    if (cu is None) != (cu_k is None) or not (cu is cu_k or torch.equal(cu, cu_k)):  # type: ignore[arg-type]
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together and be equal")
     return make_rows(given.shape[0], given.shape[1], given.device, attention_mask, position_ids, cu)
 
@@ -254,12 +267,17 @@ def _model_forward(
     logits_to_keep: int | Tensor = 0,
     **kwargs: Any,
 ) -> Any:
-    """The whole model's forward; with labels the loss comes straight from packed rows, without logits."""
+    """The whole model's forward; with labels the loss comes straight from packed rows, without
+    logits."""
     state: State = getattr(self, _STATE)
     inputs = {
-        "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
-        "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache,
-    }  # fmt: skip
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "past_key_values": past_key_values,
+        "inputs_embeds": inputs_embeds,
+        "use_cache": use_cache,
+    }
     targets = kwargs.get("shift_labels")
     if (
         not torch.is_grad_enabled()
@@ -274,14 +292,19 @@ def _model_forward(
     return_dict = kwargs.pop("return_dict", None)
     hidden, rows = self.model(**inputs, **kwargs, stream_packed=True)
     if targets is None:
+        assert labels is not None
         targets = shift_labels(labels, rows, IGNORE_INDEX)
     else:
-        targets = rows.pack(targets.unsqueeze(-1)).squeeze(-1)
+        targets = rows.pack(targets)
     loss = linear_cross_entropy(
-        hidden, self.lm_head.weight, targets.to(hidden.device), linear_bias=self.lm_head.bias,
-        ignore_index=IGNORE_INDEX, normalizer=kwargs.get("num_items_in_batch"),
+        hidden,
+        self.lm_head.weight,
+        targets.to(hidden.device),
+        linear_bias=self.lm_head.bias,
+        ignore_index=IGNORE_INDEX,
+        normalizer=kwargs.get("num_items_in_batch"),
         chunk_size=state.head_chunk_size,
-    )  # fmt: skip
+    )
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     output = CausalLMOutputWithPast(loss=loss)
@@ -289,10 +312,10 @@ def _model_forward(
 
 
 def _check_loss(model: Any) -> None:
-    """Only the plain causal language model loss is fused; a loss of the user's own must not be replaced silently."""
-    function = model.loss_function
-    if function.__name__ != "ForCausalLMLoss":
+    """Only the plain causal language model loss is fused; another must not be replaced silently."""
+    name = getattr(model.loss_function, "__name__", repr(model.loss_function))
+    if name != "ForCausalLMLoss":
         raise UnsupportedModelError(
-            f"model.loss_function is {function.__name__}; a streamed model fuses ForCausalLMLoss only. "
+            f"model.loss_function is {name}; a streamed model fuses ForCausalLMLoss only. "
             "Call it without labels to get logits."
         )

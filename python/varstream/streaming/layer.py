@@ -1,92 +1,31 @@
 """``stream_layer``: one decoder layer whose backward runs chunk by chunk over packed rows.
 
-K and V are formed once for the whole layer; chunks of queries then run against them, and their backward adds dK and dV
-into float32 (float64) buffers with Hkv heads. Besides those buffers and the layer's input only one chunk's activations
-ever exist. After StreamBP (Luo et al., 2025), with K/V kept instead of re-projected per chunk.
+K and V are formed once for the whole layer; chunks of queries then run against them, and their
+backward adds dK and dV into float32 (float64) buffers with Hkv heads. Besides those buffers and the
+layer's input only one chunk's activations ever exist. After StreamBP (Luo et al., 2025), with K/V
+kept instead of re-projected per chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from varstream._checks import acc_dtype, check_cu_seqlens, check_tensor
 from varstream.ops.attention import varlen_attention
 from varstream.ops.attention_backward import varlen_attention_backward
-from varstream.streaming.chunks import Chunk, plan_chunks
+from varstream.ops.attention_call import autocast_cast
+from varstream.streaming.gradients import GradientSums, without_hooks
+from varstream.streaming.schedule import DeviceChunk, Schedule, resolve_chunk_size
 
 Attend = Callable[[Tensor], Tensor]
 KV = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Rest = Callable[[Tensor, Tensor, Attend], Tensor]
-
-CPU_CHUNK, CUDA_CHUNK = 1024, 4096
-
-
-def resolve_chunk_size(chunk_size: int | str, device: torch.device) -> int:
-    """Rows of a layer chunk; ``"auto"`` is 1024 on the CPU, 4096 on CUDA, enough rows for full-speed GEMMs."""
-    if chunk_size == "auto":
-        return CUDA_CHUNK if device.type == "cuda" else CPU_CHUNK
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f'chunk_size must be an int or "auto", got {chunk_size!r}')
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    return chunk_size
-
-
-@dataclass(frozen=True)
-class DeviceChunk:
-    """A chunk whose cumulative lengths are on the device."""
-
-    plan: Chunk
-    cu_q: Tensor
-    cu_k: Tensor
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.plan.begin, self.plan.end)
-
-    @property
-    def keys(self) -> slice:
-        return slice(self.plan.key_begin, self.plan.end)
-
-    def lengths(self) -> dict[str, Any]:
-        """The length arguments of the attention ops."""
-        return {
-            "cu_seqlens_q": self.cu_q,
-            "cu_seqlens_k": self.cu_k,
-            "max_seqlen_q": self.plan.max_q,
-            "max_seqlen_k": self.plan.max_k,
-        }
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The chunks of one packed batch, shared by all layers."""
-
-    chunks: list[DeviceChunk]
-    total: int
-
-    @classmethod
-    def make(
-        cls, cu_seqlens: Sequence[int], chunk_size: int, device: torch.device, reverse: bool = False
-    ) -> Schedule:
-        """Plan chunks and put all their cumulative lengths on the device in one copy."""
-        plans = plan_chunks(cu_seqlens, chunk_size)
-        flat = [n for chunk in plans for n in (*chunk.cu_q, *chunk.cu_k)]
-        lengths = torch.tensor(flat, dtype=torch.int32).to(device, non_blocking=True)
-        chunks, at = [], 0
-        for chunk in plans:
-            entries = len(chunk.cu_q)
-            cu_q, cu_k = lengths[at : at + 2 * entries].view(2, entries)
-            chunks.append(DeviceChunk(chunk, cu_q, cu_k))
-            at += 2 * entries
-        return cls(chunks[::-1] if reverse else chunks, cu_seqlens[-1])
 
 
 @dataclass
@@ -115,21 +54,23 @@ def stream_layer(
 ) -> Tensor:
     """Run one attention layer over packed rows, keeping only its input for the backward.
 
-    ``kv`` and ``rest`` are called on chunks of rows, in the forward without a graph and again in the backward with one,
-    so they must be deterministic and act row by row apart from ``attend``.
+    ``kv`` and ``rest`` are called on chunks of rows, in the forward without a graph and again in
+    the backward with one, so they must be deterministic and act row by row apart from ``attend``.
 
     Args:
         kv: ``kv(x (c, d), pos (c,)) -> k (c, Hkv, D), v (c, Hkv, Dv)``, positions already applied.
-        rest: ``rest(x (c, d), pos (c,), attend) -> y (c, d_out)``, where ``attend(q (c, Hq, D)) -> (c, Hq, Dv)``; it calls
-            ``attend`` at most once.
+        rest: ``rest(x (c, d), pos (c,), attend) -> y (c, d_out)``, where ``attend(q (c, Hq, D)) ->
+            (c, Hq, Dv)``; it calls ``attend`` at most once.
         x: ``(n, d)`` packed rows.
         cu_seqlens: int32 ``(B+1,)``, the documents' cumulative lengths, ending at n.
-        params: the tensors whose gradients are wanted; gradients of others used inside are not formed.
+        params: the tensors whose gradients are wanted; gradients of others used inside are not
+            formed.
         chunk_size: rows of a chunk, or ``"auto"``.
         position_ids: ``(n,)`` int64; default restarts at 0 in each document.
         causal: each row sees its document up to itself. Streaming needs this to be true.
         reverse: walk the chunks last to first; the result is the same to rounding.
-        attention_kwargs: ``window``, ``softmax_scale``, ``softcap``, ``alibi_slopes`` (``(Hq,)``) of ``varlen_attention``.
+        attention_kwargs: ``window``, ``softmax_scale``, ``softcap``, ``alibi_slopes`` (``(Hq,)``)
+            of ``varlen_attention``.
 
     Returns:
         y ``(n, d_out)``, differentiable with respect to x and params, once.
@@ -170,12 +111,13 @@ def run_streamed(
     params: Sequence[Tensor],
     attention: dict[str, Any],
 ) -> Tensor:
-    """``stream_layer`` after its checks; without ``kv`` it streams a row-wise function that never attends."""
+    """``stream_layer`` after its checks; without ``kv`` it streams a row-wise function that never
+    attends."""
     work = _Work(kv, rest, positions, schedule, attention)
     return _Streamed.apply(work, x, *params)
 
 
-# --- attention of one chunk ---------------------------------------------------------------------------
+# --- attention of one chunk -----------------------------------------------------------------------
 
 
 @dataclass
@@ -209,15 +151,22 @@ class _Attend(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, out, lse = ctx.saved_tensors
         keys, chunk = ctx.keys, ctx.chunk
         dq = varlen_attention_backward(
-            dout.contiguous(), q, keys.k[chunk.keys], keys.v[chunk.keys], out, lse,
-            dk=keys.dk[chunk.keys], dv=keys.dv[chunk.keys], causal=True,
-            **chunk.lengths(), **ctx.attention,
-        )  # fmt: skip
+            dout.contiguous(),
+            q,
+            keys.k[chunk.keys],
+            keys.v[chunk.keys],
+            out,
+            lse,
+            dk=keys.dk[chunk.keys],
+            dv=keys.dv[chunk.keys],
+            causal=True,
+            **chunk.lengths(),
+            **ctx.attention,
+        )
         return dq, torch.zeros((), device=dq.device), None, None, None
 
 
@@ -225,18 +174,24 @@ def _attend(
     q: Tensor, keys: _Keys, chunk: DeviceChunk, attention: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     return varlen_attention(  # type: ignore[return-value]
-        q, keys.k[chunk.keys], keys.v[chunk.keys], causal=True, return_lse=True,
-        **chunk.lengths(), **attention,
-    )  # fmt: skip
+        q,
+        keys.k[chunk.keys],
+        keys.v[chunk.keys],
+        causal=True,
+        return_lse=True,
+        **chunk.lengths(),
+        **attention,
+    )
 
 
-# --- the layer ----------------------------------------------------------------------------------------
+# --- the layer ------------------------------------------------------------------------------------
 
 
 class _Streamed(torch.autograd.Function):
     """A layer over packed rows; saves its input x (n, d) and nothing else.
 
-    Parameters are inputs, so their gradients leave once however many chunks there were and hooks of DDP or FSDP fire once.
+    Parameters are inputs, so their gradients leave once however many chunks there were and hooks of
+    DDP or FSDP fire once.
     """
 
     @staticmethod
@@ -256,16 +211,19 @@ class _Streamed(torch.autograd.Function):
         return torch.empty_like(x) if y is None else y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # only create_graph=True runs a backward with gradients on
+            raise RuntimeError(
+                "a streamed layer has no second derivative: create_graph=True is refused"
+            )
         (x,) = ctx.saved_tensors
         work, params = ctx.work, ctx.params
         wanted = [p for p, need in zip(params, ctx.needs_input_grad[2:], strict=True) if need]
-        sums = _GradientSums(wanted)
+        sums = GradientSums(wanted)
         dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
         with ExitStack() as stack:
             stack.enter_context(ctx.autocast())
-            stack.enter_context(_without_hooks(wanted))
+            stack.enter_context(without_hooks(wanted))
             with torch.no_grad():
                 keys = _project(work, x)
             if keys is not None:
@@ -294,7 +252,7 @@ def _project(work: _Work, x: Tensor) -> _Keys | None:
         return None
     keys = None
     for chunk in work.schedule.chunks:
-        k, v = work.kv(x[chunk.rows], work.positions[chunk.rows])
+        k, v = autocast_cast(*work.kv(x[chunk.rows], work.positions[chunk.rows]))
         if keys is None:
             keys = _Keys(
                 k.new_empty(x.shape[0], *k.shape[1:]), v.new_empty(x.shape[0], *v.shape[1:])
@@ -310,14 +268,15 @@ def _backward_rest(
     x: Tensor,
     dy: Tensor,
     dx: Tensor | None,
-    sums: _GradientSums,
+    sums: GradientSums,
 ) -> None:
-    """Recompute one chunk with a graph and run it back: dx rows, parameter sums, dK and dV of its keys."""
+    """Recompute one chunk with a graph and run it back: dx rows, parameter sums, dK and dV of its
+    keys."""
     rows = chunk.rows
     anchor = torch.zeros((), device=x.device, requires_grad=True)
 
     def attend(q: Tensor) -> Tensor:
-        return _Attend.apply(q, anchor, keys, chunk, work.attention)
+        return _Attend.apply(*autocast_cast(q), anchor, keys, chunk, work.attention)
 
     with torch.enable_grad():
         part = x[rows].detach().requires_grad_(dx is not None)
@@ -326,7 +285,7 @@ def _backward_rest(
 
 
 def _backward_kv(
-    work: _Work, keys: _Keys, x: Tensor, dx: Tensor | None, sums: _GradientSums
+    work: _Work, keys: _Keys, x: Tensor, dx: Tensor | None, sums: GradientSums
 ) -> None:
     """The way back through the K and V projections, once dK and dV are complete."""
     assert work.kv is not None and keys.dk is not None and keys.dv is not None
@@ -339,70 +298,8 @@ def _backward_kv(
         sums.backward([k, v], grads, part, None, None if dx is None else dx[rows], add=True)
 
 
-class _GradientSums:
-    """Sums of parameter gradients over chunks, in acc dtype."""
-
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self.params = params
-        self.sums: list[Tensor | None] = [None] * len(params)
-
-    def backward(
-        self,
-        outputs: list[Tensor],
-        grads: list[Tensor],
-        x: Tensor,
-        anchor: Tensor | None,
-        dx: Tensor | None,
-        add: bool,
-    ) -> None:
-        """Differentiate one chunk's outputs; write or add its input gradient into the rows dx."""
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
-        inputs = [t for t in (anchor, x if dx is not None else None) if t is not None]
-        if pairs and (inputs or self.params):
-            found = torch.autograd.grad(
-                [o for o, _ in pairs], [*inputs, *self.params], [g for _, g in pairs],
-                allow_unused=True,
-            )  # fmt: skip
-        else:
-            found = (None,) * (len(inputs) + len(self.params))
-        if dx is not None:
-            part = found[len(inputs) - 1]
-            if not add:
-                dx.zero_() if part is None else dx.copy_(part)
-            elif part is not None:
-                dx.add_(part)
-        for i, grad in enumerate(found[len(inputs) :]):
-            if grad is None:
-                continue
-            total = self.sums[i]
-            if total is None:
-                self.sums[i] = grad.to(acc_dtype(grad.dtype))
-            else:
-                total.add_(grad)
-
-    def finish(self) -> list[Tensor]:
-        """One gradient per parameter, in its dtype; zeros where no chunk used it."""
-        return [
-            torch.zeros_like(p) if total is None else total.to(p.dtype)
-            for p, total in zip(self.params, self.sums, strict=True)
-        ]
-
-
 def _autocast_state(device_type: str) -> Callable[[], Any]:
     """A factory of contexts that restore the autocast state of now, for the recomputation."""
     enabled = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type)
     return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled)
-
-
-@contextmanager
-def _without_hooks(params: Sequence[Tensor]) -> Iterator[None]:
-    """Lift tensor hooks off the parameters: they must see the summed gradient once, not every chunk's."""
-    hooks = [(p, p._backward_hooks) for p in params if p._backward_hooks]
-    for p, _ in hooks:
-        p._backward_hooks = None
-    try:
-        yield
-    finally:
-        for p, saved in hooks:
-            p._backward_hooks = saved

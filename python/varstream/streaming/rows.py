@@ -1,4 +1,5 @@
-"""From a Hugging Face batch to packed rows: which positions are real, where documents begin, what each row predicts."""
+"""From a Hugging Face batch to packed rows: which positions are real, where documents begin, what
+each row predicts."""
 
 from __future__ import annotations
 
@@ -51,11 +52,13 @@ def make_rows(
 ) -> Rows:
     """Find the documents of a batch the way transformers does.
 
-    ``cu_seq_lens`` names them (batch 1). Otherwise each row of the batch is one, its real positions those the 2-D
-    ``attention_mask`` marks; without a mask, ``position_ids`` that don't go on by 1 begin a new document.
+    ``cu_seq_lens`` names them (batch 1). Otherwise each row of the batch is one, its real positions
+    those the 2-D ``attention_mask`` marks; without a mask, ``position_ids`` that don't go on by 1
+    begin a new document.
 
     Raises:
-        TypeError, ValueError: a mask that isn't 2-D, lengths that don't fit, position ids of another shape.
+        TypeError, ValueError: a mask that isn't 2-D, lengths that don't fit, position ids of
+            another shape.
     """
     positions = _positions(batch, seqlen, device, position_ids)
     if cu_seq_lens is not None:
@@ -99,7 +102,8 @@ def _masked_rows(batch: int, seqlen: int, attention_mask: Any, positions: Tensor
     check_tensor("attention_mask", attention_mask, device=positions.device)
     if tuple(attention_mask.shape) != (batch, seqlen):
         raise ValueError(
-            f"attention_mask must be 2-D of shape ({batch}, {seqlen}), got {tuple(attention_mask.shape)}; "
+            f"attention_mask must be 2-D of shape ({batch}, {seqlen}), "
+            f"got {tuple(attention_mask.shape)}; "
             "a streamed model can't honour masks over pairs of positions"
         )
     real = attention_mask != 0
@@ -122,7 +126,8 @@ def shift_labels(labels: Tensor, rows: Rows, ignore_index: int = -100) -> Tensor
         labels: ``(B, S)``, aligned with the inputs.
 
     Returns:
-        ``(n,)``; the last row of a document, and a row whose next position isn't real, predict nothing.
+        ``(n,)``; the last row of a document, and a row whose next position isn't real, predict
+        nothing.
     """
     check_tensor("labels", labels, shape=(rows.batch, rows.seqlen), layout="(B, S)")
     flat = labels.flatten()

@@ -1,4 +1,5 @@
-"""What a test of exactness needs: dense references, error measures, peak memory, float64 twins of models."""
+"""What a test of exactness needs: dense references, error measures, peak memory, float64 twins of
+models."""
 
 from varstream.testing.compare import (
     assert_error_ratio,

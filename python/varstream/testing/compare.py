@@ -9,9 +9,11 @@ from torch import Tensor
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Frobenius norm of the difference over that of ``expected``, in float64; infinities must agree exactly.
+    """Frobenius norm of the difference over that of ``expected``, in float64; infinities must agree
+    exactly.
 
-    0 when both are empty or zero; ``inf`` when only ``expected`` is zero or a NaN or infinity differs.
+    0 when both are empty or zero; ``inf`` when only ``expected`` is zero or a NaN or infinity
+    differs.
     """
     actual, expected = actual.detach().double(), expected.detach().double()
     if actual.shape != expected.shape:
@@ -29,7 +31,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def assert_exact(
     actual: Tensor, expected: Tensor, tolerance: float = 1e-12, name: str = "result"
 ) -> None:
-    """Assert ``relative_error(actual, expected) <= tolerance``; a zero ``expected`` allows that much absolutely."""
+    """Assert ``relative_error(actual, expected) <= tolerance``; a zero ``expected`` allows that
+    much absolutely."""
     error = relative_error(actual, expected)
     if error == float("inf") and expected.isfinite().all() and not expected.any():
         error = actual.detach().abs().max().item()
@@ -39,7 +42,8 @@ def assert_exact(
 def assert_error_ratio(
     actual: Tensor, plain: Tensor, exact: Tensor, ratio: float = 2.0, name: str = "result"
 ) -> None:
-    """The error-ratio rule: at most ``ratio`` times the error of plain PyTorch in the same low precision.
+    """The error-ratio rule: at most ``ratio`` times the error of plain PyTorch in the same low
+    precision.
 
     Args:
         actual: our result.
@@ -68,9 +72,8 @@ def worst_gradient(
         want = expected[name]
         if grad is None and want is None:
             continue
-        grad = torch.zeros_like(want) if grad is None else grad
-        want = torch.zeros_like(grad) if want is None else want
-        error = relative_error(grad, want)
+        shape = (grad if grad is not None else want).shape  # type: ignore[union-attr]
+        error = relative_error(*(torch.zeros(shape) if g is None else g for g in (grad, want)))
         if not worst[0] or error > worst[1]:
             worst = (name, error)
     return worst

@@ -1,7 +1,7 @@
 """Float64 twins: copies of Hugging Face models without the float32 casts their classes contain.
 
-A stock "float64" model casts norms, rotary tables, softmax and loss to float32 and is exact to about 6e-8 only; its twin
-computes everything in float64, so exactness can be tested to rounding.
+A stock "float64" model casts norms, rotary tables, softmax and loss to float32 and is exact to
+about 6e-8 only; its twin computes everything in float64, so exactness can be tested to rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 def float64_twin(model: Any) -> Any:
     """Return a float64 copy of a Hugging Face causal language model (Llama, Qwen2, Qwen3).
 
-    Norms and rotary tables compute in float64, attention goes through SDPA (which keeps float64), and so does the loss.
+    Norms and rotary tables compute in float64, attention goes through SDPA (which keeps float64),
+    and so does the loss.
 
     Raises:
         ValueError: a norm or rotary module isn't of the known form.

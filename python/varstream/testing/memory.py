@@ -1,4 +1,5 @@
-"""Peak memory of a call, exact on every device: allocator events on the CPU, allocator statistics on CUDA."""
+"""Peak memory of a call, exact on every device: allocator events on the CPU, allocator statistics
+on CUDA."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from torch.profiler import ProfilerActivity, profile
 def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> int:
     """Bytes by which ``call`` raises the allocated tensor memory at its worst moment.
 
-    What was allocated before the call doesn't count, what the call itself returns does. On the CPU the profiler reports
-    every allocation and release of torch's allocator, temporaries inside operators included.
+    What was allocated before the call doesn't count, what the call itself returns does. On the CPU
+    the profiler reports every allocation and release of torch's allocator, temporaries inside
+    operators included.
     """
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
@@ -27,7 +29,7 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         kept = call()
     del kept
-    results = prof.profiler.kineto_results  # type: ignore[union-attr]
+    results = prof.profiler.kineto_results
     changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
     running = peak = 0
     for _, change in sorted(changes, key=lambda c: c[0]):

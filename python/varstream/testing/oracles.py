@@ -1,4 +1,5 @@
-"""Dense references in plain PyTorch: one sequence at a time, whole score and logit matrices, ordinary autograd."""
+"""Dense references in plain PyTorch: one sequence at a time, whole score and logit matrices,
+ordinary autograd."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def dense_attention(
         keep: dropout factors, one ``(Hq, sq, sk)`` tensor per sequence.
 
     Returns:
-        out ``(total_q, Hq, Dv)`` and lse ``(Hq, total_q)``, both in the inputs' dtype and differentiable.
+        out ``(total_q, Hq, Dv)`` and lse ``(Hq, total_q)``, both in the inputs' dtype and
+        differentiable.
     """
     cu_q = cu_seqlens_q.tolist()
     cu_k = cu_q if cu_seqlens_k is None else cu_seqlens_k.tolist()

@@ -1,0 +1,241 @@
+"""stream_layer with a small layer of our own: any chunk size, both orders, frozen parts, hooks,
+errors."""
+
+import pytest
+import torch
+from cases import CHUNKS, DOCUMENTS, LENGTHS, cu_seqlens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import varstream as vs
+from varstream.streaming.chunks import plan_chunks
+from varstream.testing import assert_exact, dense_attention
+
+D, HQ, HKV, HD = 16, 4, 2, 8
+
+
+class Layer:
+    """Attention with a residual and a position-dependent input, in plain functions."""
+
+    def __init__(self):
+        shapes = {
+            "q": (D, HQ * HD),
+            "k": (D, HKV * HD),
+            "v": (D, HKV * HD),
+            "o": (HQ * HD, D),
+            "m": (D, D),
+        }
+        self.w = {
+            n: (0.2 * torch.randn(s, dtype=torch.float64)).requires_grad_()
+            for n, s in shapes.items()
+        }
+        self.params = list(self.w.values())
+        self.kv_rows = 0
+
+    def kv(self, x, pos):
+        self.kv_rows += x.shape[0]
+        h = torch.tanh(x) + 0.01 * pos[:, None]
+        return (h @ self.w["k"]).view(-1, HKV, HD), (h @ self.w["v"]).view(-1, HKV, HD)
+
+    def rest(self, x, pos, attend):
+        h = torch.tanh(x) + 0.01 * pos[:, None]
+        y = x + attend((h @ self.w["q"]).view(-1, HQ, HD)).flatten(1) @ self.w["o"]
+        return y + torch.tanh(y @ self.w["m"])
+
+    def dense(self, x, pos, cu, **options):
+        k, v = self.kv(x, pos)
+        return self.rest(x, pos, lambda q: dense_attention(q, k, v, cu, causal=True, **options)[0])
+
+
+def positions(lengths):
+    return torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.arange(0)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("chunk_size", CHUNKS)
+@pytest.mark.parametrize("lengths", [DOCUMENTS, *LENGTHS.values()], ids=["documents", *LENGTHS])
+def test_exact(lengths, chunk_size, reverse):
+    if chunk_size == 1 and sum(lengths) > 100:
+        chunk_size = 3
+    layer, cu = Layer(), cu_seqlens(lengths)
+    x = torch.randn(sum(lengths), D, dtype=torch.float64, requires_grad=True)
+    y = vs.stream_layer(
+        layer.kv, layer.rest, x, cu, params=layer.params, chunk_size=chunk_size, reverse=reverse
+    )
+    assert y.shape == x.shape
+    if sum(lengths) == 0:
+        y.sum().backward()
+        assert all((p.grad == 0).all() for p in layer.params)
+        return
+    want = layer.dense(x, positions(lengths), cu)
+    assert_exact(y, want)
+    dy = torch.randn_like(y)
+    got = torch.autograd.grad((y * dy).sum(), [x, *layer.params])
+    expected = torch.autograd.grad((want * dy).sum(), [x, *layer.params])
+    for g, w in zip(got, expected, strict=True):
+        assert_exact(g, w)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": (3, 0)},
+        {"softcap": 2.0},
+        {"softmax_scale": 0.2},
+        {"alibi_slopes": torch.rand(HQ)},
+    ],
+)
+def test_attention_options(options):
+    layer, cu = Layer(), cu_seqlens(DOCUMENTS)
+    x = torch.randn(sum(DOCUMENTS), D, dtype=torch.float64, requires_grad=True)
+    y = vs.stream_layer(layer.kv, layer.rest, x, cu, params=layer.params, chunk_size=7, **options)
+    want = layer.dense(x, positions(DOCUMENTS), cu, **options)
+    assert_exact(y, want)
+    got = torch.autograd.grad(y.square().sum(), [x, *layer.params])
+    expected = torch.autograd.grad(want.square().sum(), [x, *layer.params])
+    for g, w in zip(got, expected, strict=True):
+        assert_exact(g, w)
+
+
+def test_kv_work_does_not_grow_with_the_number_of_chunks():
+    rows = {}
+    for chunk_size in (1000, 8):
+        layer = Layer()
+        x = torch.randn(sum(DOCUMENTS), D, dtype=torch.float64, requires_grad=True)
+        y = vs.stream_layer(
+            layer.kv,
+            layer.rest,
+            x,
+            cu_seqlens(DOCUMENTS),
+            params=layer.params,
+            chunk_size=chunk_size,
+        )
+        y.sum().backward()
+        rows[chunk_size] = layer.kv_rows
+    assert rows[8] == rows[1000] == 3 * sum(DOCUMENTS)  # forward, backward, its way back
+
+
+@pytest.mark.parametrize("trained", ["q", "k", "v", "o", "m"])
+@pytest.mark.parametrize("input_grad", [False, True])
+def test_frozen_parts(trained, input_grad):
+    layer, cu = Layer(), cu_seqlens(DOCUMENTS)
+    for name, w in layer.w.items():
+        w.requires_grad_(name == trained)
+    x = torch.randn(sum(DOCUMENTS), D, dtype=torch.float64, requires_grad=input_grad)
+    y = vs.stream_layer(layer.kv, layer.rest, x, cu, params=layer.params, chunk_size=7)
+    want = layer.dense(x, positions(DOCUMENTS), cu)
+    wanted = [layer.w[trained], *([x] if input_grad else [])]
+    got = torch.autograd.grad(y.square().sum(), wanted)
+    for g, w in zip(got, torch.autograd.grad(want.square().sum(), wanted), strict=True):
+        assert_exact(g, w)
+
+
+def test_hooks_fire_once_with_the_whole_gradient():
+    layer, cu = Layer(), cu_seqlens(DOCUMENTS)
+    x = torch.randn(sum(DOCUMENTS), D, dtype=torch.float64)
+    calls = []
+
+    def double(grad):
+        calls.append(grad.clone())
+        return 2 * grad
+
+    layer.w["q"].register_hook(double)
+    layer.w["q"].register_post_accumulate_grad_hook(lambda p: calls.append(p.grad.clone()))
+    vs.stream_layer(
+        layer.kv, layer.rest, x, cu, params=layer.params, chunk_size=7
+    ).square().sum().backward()
+    want = layer.dense(x, positions(DOCUMENTS), cu).square().sum()
+    layer.w["q"]._backward_hooks.clear()
+    (expected,) = torch.autograd.grad(want, [layer.w["q"]])
+    assert len(calls) == 2
+    assert_exact(calls[0], expected)
+    assert_exact(calls[1], 2 * expected)
+
+
+def test_low_precision_sums_in_float32():
+    """A bfloat16 weight's gradient over many chunks is as good as over one."""
+    weight = (0.1 * torch.randn(D, D)).bfloat16().requires_grad_()
+    x = torch.randn(512, D).bfloat16()
+    errors = []
+    exact = (x.double().t() @ torch.ones(512, D, dtype=torch.float64)).float()
+    for chunk_size in (512, 1):
+        y = vs.stream_layer(
+            lambda x, _: (x.view(-1, 1, D), x.view(-1, 1, D)),
+            lambda x, _, attend: x @ weight,
+            x,
+            cu_seqlens([512]),
+            params=[weight],
+            chunk_size=chunk_size,
+        )
+        (grad,) = torch.autograd.grad(y.sum(), weight)
+        errors.append((grad.float() - exact).norm() / exact.norm())
+    assert errors[1] <= 1.5 * errors[0] + 1e-4
+
+
+def test_nan_in_a_neighbour_reaches_nobody():
+    layer, cu = Layer(), cu_seqlens([6, 30, 7])
+    clean = torch.randn(43, D, dtype=torch.float64)
+    dirty = clean.clone()
+    dirty[6:36] = torch.nan
+    keep = [*range(6), *range(36, 43)]
+    results = []
+    for x in (clean, dirty):
+        x = x.requires_grad_()
+        y = vs.stream_layer(layer.kv, layer.rest, x, cu, params=layer.params, chunk_size=10)
+        (dx,) = torch.autograd.grad(y[keep].sum(), x)
+        results.append((y[keep], dx[keep]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 12), max_size=8), st.integers(1, 20))
+def test_chunk_plan(lengths, chunk_size):
+    cu = cu_seqlens(lengths).tolist()
+    document = [b for b, n in enumerate(lengths) for _ in range(n)]
+    rows = []
+    for chunk in plan_chunks(cu, chunk_size):
+        rows += range(chunk.begin, chunk.end)
+        assert chunk.key_begin == cu[document[chunk.begin]]  # not row 0: the first document touched
+        pieces = zip(chunk.cu_q, chunk.cu_q[1:], chunk.cu_k, chunk.cu_k[1:], strict=False)
+        for q0, q1, k0, k1 in pieces:
+            if q1 == q0:
+                continue
+            b = document[chunk.begin + q0]
+            assert document[chunk.begin + q1 - 1] == b
+            assert chunk.key_begin + k0 == cu[b]
+            assert chunk.key_begin + k1 == chunk.begin + q1  # keys end where the queries do
+    assert rows == list(range(sum(lengths)))
+
+
+BAD = {
+    "x": ({"x": torch.zeros(3)}, "x must have 2 dimensions"),
+    "cu": ({"cu_seqlens": cu_seqlens([4])}, "cu_seqlens must end at the number of rows 3, got 4"),
+    "causal": ({"causal": False}, "causal must be True"),
+    "chunk": ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+    "chunk_type": ({"chunk_size": "big"}, 'chunk_size must be an int or "auto"'),
+    "dropout": ({"dropout_p": 0.1}, "stream_layer can't honour dropout_p"),
+    "positions": ({"position_ids": torch.arange(4)}, "position_ids must have size 3"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_errors(change, message):
+    layer = Layer()
+    arguments = {
+        "kv": layer.kv,
+        "rest": layer.rest,
+        "x": torch.zeros(3, D, dtype=torch.float64),
+        "cu_seqlens": cu_seqlens([3]),
+        "params": layer.params,
+    }
+    with pytest.raises((TypeError, ValueError), match=message):
+        vs.stream_layer(**(arguments | change))
+
+
+def test_second_derivative_is_refused():
+    layer = Layer()
+    x = torch.randn(5, D, dtype=torch.float64, requires_grad=True)
+    y = vs.stream_layer(layer.kv, layer.rest, x, cu_seqlens([5]), params=layer.params, chunk_size=2)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -1,0 +1,250 @@
+"""How a streamed model behaves: original forwards where nothing streams, undoing, generate, hooks,
+refusals."""
+
+import copy
+
+import pytest
+import torch
+from models import make_model, make_twin, packed_row
+from torch import nn
+
+import varstream as vs
+from varstream.streaming import UnsupportedModelError
+from varstream.testing import assert_exact
+
+
+def test_without_gradients_the_original_runs():
+    model = make_model()
+    streamed = vs.stream(copy.deepcopy(model), chunk_size=3)
+    ids = torch.randint(50, (2, 9))
+    with torch.no_grad():
+        want, got = model(ids, labels=ids), streamed(ids, labels=ids)
+    assert torch.equal(want.logits, got.logits) and torch.equal(want.loss, got.loss)
+    got = streamed(ids, use_cache=True)
+    assert got.past_key_values is not None
+    assert torch.equal(want.logits, got.logits)
+
+
+def test_generate_is_unchanged():
+    model = make_model().eval()
+    streamed = vs.stream(copy.deepcopy(model), chunk_size=3)
+    ids = torch.randint(1, 50, (2, 5))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **options), streamed.generate(ids, **options))
+
+
+def test_unstream_restores_everything():
+    model = make_model()
+    before = {name: dict(m.__dict__) for name, m in model.named_modules()}
+    keys = list(model.state_dict())
+    assert vs.stream(model, chunk_size=4) is model
+    assert list(model.state_dict()) == keys
+    vs.stream(model, chunk_size=5)  # again: replaces the first
+    assert vs.unstream(model) is model
+    for name, module in model.named_modules():
+        assert module.__dict__.keys() == before[name].keys(), name
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not streamed"):
+        vs.unstream(model)
+
+
+def test_a_forward_set_before_us_is_kept_and_restored():
+    model = make_model()
+    calls = []
+    inner = model.model.forward
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        return inner(*args, **kwargs)
+
+    model.model.forward = wrapped
+    vs.stream(model)
+    with torch.no_grad():
+        model(torch.randint(50, (1, 4)))
+    assert calls == [1]
+    assert vs.unstream(model).model.forward is wrapped
+
+
+def test_deepcopy_and_training_mode_survive():
+    model = vs.stream(make_twin(), chunk_size=4)
+    twin = copy.deepcopy(model)
+    inputs = packed_row([5, 6])
+    twin(**inputs).loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+    assert all(p.grad is not None for p in twin.parameters())
+
+
+def test_gradient_checkpointing_flags_do_not_recompute_twice():
+    model = vs.stream(make_model(), chunk_size=4)
+    model.gradient_checkpointing_enable()
+    rows = 0
+
+    def count(module, args, output):
+        nonlocal rows
+        rows += args[0].shape[0]
+
+    model.model.layers[0].self_attn.q_proj.register_forward_hook(count)
+    model.train()
+    model(**packed_row([5, 6])).loss.backward()
+    assert rows == 2 * 11  # forward and recomputation
+
+
+def test_parameter_hooks_fire_once():
+    model = vs.stream(make_model(), chunk_size=2)
+    fired = []
+    for name, parameter in model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: fired.append(name))
+    model(**packed_row([5, 6])).loss.backward()
+    assert sorted(fired) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_autograd_grad_and_input_gradients():
+    model = vs.stream(make_twin(), chunk_size=4)
+    inputs = packed_row([5, 6])
+    embeds = model.model.embed_tokens(inputs.pop("input_ids")).detach().requires_grad_()
+    loss = model(inputs_embeds=embeds, **inputs).loss
+    (grad,) = torch.autograd.grad(loss, embeds, retain_graph=True)
+    loss.backward()
+    assert_exact(embeds.grad, grad)
+
+
+def test_all_labels_ignored_gives_zero():
+    model = vs.stream(make_model(), chunk_size=4)
+    inputs = packed_row([5, 6])
+    inputs["labels"][:] = -100
+    loss = model(**inputs).loss
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_all_padding_batch():
+    model = vs.stream(make_model(), chunk_size=4)
+    ids = torch.randint(50, (2, 5))
+    loss = model(ids, attention_mask=torch.zeros_like(ids), labels=ids).loss
+    loss.backward()
+    assert loss.item() == 0.0
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+
+
+IDS = torch.randint(50, (2, 6))
+BAD_CALLS = {
+    "both": (
+        {"inputs_embeds": torch.zeros(2, 6, 32)},
+        "exactly one of input_ids and inputs_embeds",
+    ),
+    "mask_4d": (
+        {"attention_mask": torch.ones(2, 1, 6, 6)},
+        r"attention_mask must be 2-D of shape \(2, 6\)",
+    ),
+    "mask_shape": (
+        {"attention_mask": torch.ones(2, 7)},
+        r"attention_mask must be 2-D of shape \(2, 6\), got \(2, 7\)",
+    ),
+    "mask_type": (
+        {"attention_mask": {"full_attention": None}},
+        "attention_mask must be a torch.Tensor, got dict",
+    ),
+    "positions": (
+        {"position_ids": torch.zeros(2, 5, dtype=torch.int64)},
+        r"position_ids must have shape \(2, 6\)",
+    ),
+    "hidden": ({"output_hidden_states": True}, "output_hidden_states=True is not available"),
+    "attentions": ({"output_attentions": True}, "output_attentions=True is not available"),
+    "noncausal": ({"is_causal": False}, "is_causal=False is not available"),
+    "unknown": ({"mystery": 3}, "can't honour the argument mystery"),
+    "cu_batch": (
+        {"cu_seq_lens_q": IDS[0].int(), "cu_seq_lens_k": IDS[0].int()},
+        "cu_seq_lens_q needs a batch of 1",
+    ),
+    "cu_alone": ({"cu_seq_lens_q": IDS[0].int()}, "must be given together"),
+    "labels": ({"labels": IDS[:, :5]}, "labels must have size 6 in dimension 1"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_refused_calls(change, message):
+    model = vs.stream(make_model(), chunk_size=4)
+    with pytest.raises((TypeError, ValueError), match=message):
+        model(**({"input_ids": IDS, "labels": IDS} | change))
+
+
+def test_a_window_over_gaps_is_refused():
+    model = vs.stream(make_model("qwen2_window"), chunk_size=4)
+    mask = torch.ones_like(IDS)
+    mask[0, 2] = 0
+    with pytest.raises(ValueError, match="a sliding window counts as keys"):
+        model(IDS, attention_mask=mask, labels=IDS)
+
+
+def test_a_loss_of_the_users_own_is_refused():
+    model = vs.stream(make_model(), chunk_size=4)
+    model.loss_function = lambda logits, labels, **_: logits.sum()
+    with pytest.raises(UnsupportedModelError, match="model.loss_function is <lambda>"):
+        model(IDS, labels=IDS)
+
+
+def swap(path, module):
+    def change(model):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, module)
+
+    return change
+
+
+def dropout(model):
+    model.config.attention_dropout = 0.1
+
+
+def other_type(model):
+    model.config.model_type = "gpt2"
+
+
+LAYER = "model.layers.1"
+UNSUPPORTED = {
+    "type": (other_type, "has model type 'gpt2'; vs.stream understands llama, qwen2, qwen3"),
+    "head": (swap("lm_head", nn.Sequential()), "lm_head is a Sequential, not a plain nn.Linear"),
+    "dropout": (dropout, "config.attention_dropout is 0.1"),
+    "projection": (
+        swap(f"{LAYER}.self_attn.q_proj", nn.Identity()),
+        f"{LAYER}.self_attn.q_proj is a Identity",
+    ),
+    "extra": (swap(f"{LAYER}.adapter", nn.Identity()), f"{LAYER}.adapter is a part"),
+    "attention": (
+        swap(f"{LAYER}.self_attn.gate", nn.Identity()),
+        f"{LAYER}.self_attn.gate is a part",
+    ),
+    "backbone": (swap("model.extra", nn.Identity()), "model.extra is a part"),
+    "mlp": (
+        swap(f"{LAYER}.mlp.act_fn", nn.Dropout(0.2)),
+        f"{LAYER}.mlp.act_fn is a Dropout with p = 0.2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported_models_are_refused_untouched(change, message):
+    model = make_model()
+    change(model)
+    before = {name: dict(m.__dict__) for name, m in model.named_modules()}
+    with pytest.raises(UnsupportedModelError, match=message):
+        vs.stream(model)
+    assert {name: dict(m.__dict__) for name, m in model.named_modules()} == before
+
+
+def test_not_a_model():
+    with pytest.raises(ValueError, match="Linear has model type None"):
+        vs.stream(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size must be at least 1"),
+        ({"head_chunk_size": 0}, "head_chunk_size must be >= 1"),
+        ({"offload": True}, "offload=True is not available"),
+        ({"memory_budget": 10}, "memory_budget is not available"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        vs.stream(make_model(), **options)
