@@ -31,16 +31,15 @@ PYTHON
 "$python" -m pytest -q -m gpu tests
 
 export PATH=$PATH:/usr/local/cuda/bin
-sanitizer=$(command -v compute-sanitizer || true)
-if [[ -n "$sanitizer" ]] && ! "$sanitizer" "$python" -c 'import torch; torch.zeros(1).cuda()' &>/dev/null; then
+if ! command -v compute-sanitizer >/dev/null; then
+  echo "compute-sanitizer not found: memcheck left out"
+elif ! compute-sanitizer "$python" -c 'import torch; torch.zeros(1).cuda()' &>/dev/null; then
   echo "compute-sanitizer can't run on this device: memcheck left out"
-elif [[ -n "$sanitizer" ]]; then
+else
   # Uncached allocations: every tensor gets its own bounds.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 1 \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
     "$python" -m pytest -q -m "gpu and not slow" tests/gpu/test_packing_gpu.py \
     -k "alignment or out_of_range or isolation"
-else
-  echo "compute-sanitizer not found: memcheck left out"
 fi
 
-"$python" bench/gpu_pack.py
+"$python" -m bench.gpu_pack

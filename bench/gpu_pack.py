@@ -1,9 +1,10 @@
-"""Microbenchmark of pack and unpack on a GPU, written to ``bench/results/<gpu>.json``.
+"""Microbenchmark of pack and unpack on a GPU: ``python -m bench.gpu_pack``.
 
 Each case is checked against torch first, then timed with CUDA events over rotating inputs that are
 together larger than the L2 cache; the median counts. Two yardsticks stand beside every number:
 torch's own ``index_select`` / ``index_copy``, and the time a plain device copy takes for the bytes
-that must move (every packed row read and written once, the padding written once by unpack).
+that must move (every packed row read and written once, and every padded row once more by unpack,
+which fills before it scatters). Results go to ``bench/results/<gpu>.json``.
 """
 
 from __future__ import annotations
@@ -11,18 +12,16 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import varstream as vs
+from bench import timing
 from varstream import _C
 
-RESULTS = Path(__file__).parent / "results"
 REPEATS = 50
 COLD_BYTES = 512 * 2**20
 
@@ -110,24 +109,10 @@ def measure(
     return result
 
 
-def git_commit() -> str | None:
-    """The checked-out commit, marked when files differ from it; None outside a checkout."""
-    try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        )
-    except FileNotFoundError:
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
-
-
 def main() -> None:
     """Measure all cases, print one line each and store everything."""
     if not torch.cuda.is_available():
-        sys.exit("bench/gpu_pack.py: no GPU here")
+        sys.exit("bench.gpu_pack: no GPU here")
     torch.manual_seed(0)
     properties = torch.cuda.get_device_properties(0)
     report = {
@@ -143,7 +128,7 @@ def main() -> None:
             "nvcc": _C.build_info()["nvcc"],
             "archs": _C.build_info()["cuda_archs"],
             "python": platform.python_version(),
-            "git_commit": git_commit(),
+            "git_commit": timing.git_commit(),
         },
         "pack": {},
     }
@@ -156,8 +141,8 @@ def main() -> None:
                 f"{numbers['speedup_over_torch']:.2f}x torch, "
                 f"{numbers['over_copy_floor']:.2f}x the copy floor"
             )
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{properties.name.lower().replace(' ', '_').replace('/', '_')}.json"
+    timing.RESULTS.mkdir(exist_ok=True)
+    path = timing.RESULTS / f"{properties.name.lower().replace(' ', '_').replace('/', '_')}.json"
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"written: {path}")
 

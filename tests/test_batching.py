@@ -191,7 +191,7 @@ def test_shuffle_errors():
         packing.shuffled(-1)
 
 
-# --- PackedCollator ------------------------------------------------------------------------------
+# --- PackedCollator -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])

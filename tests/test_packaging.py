@@ -34,7 +34,7 @@ def run_python(code: str, **kwargs) -> str:
     return result.stdout
 
 
-# --- import --------------------------------------------------------------------------------------
+# --- import ---------------------------------------------------------------------------------------
 
 
 def test_import_costs_under_300_ms_beyond_torch():
@@ -85,7 +85,7 @@ def test_every_schema_is_there():
     } >= operators
 
 
-# --- the binary ----------------------------------------------------------------------------------
+# --- the binary -----------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
@@ -132,7 +132,7 @@ def test_build_info_is_consistent():
         assert not any(_C.cuda_symbols().values())
 
 
-# --- configure -----------------------------------------------------------------------------------
+# --- configure ------------------------------------------------------------------------------------
 
 
 def configure(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -188,7 +188,7 @@ def test_configure_takes_the_usual_spellings_of_archs(tmp_path: Path):
     assert "varstream: CUDA kernels for 90a-real 90-virtual, nvcc" in result.stdout
 
 
-# --- the wheel -----------------------------------------------------------------------------------
+# --- the wheel ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -250,7 +250,7 @@ def test_cpu_only_build_works_and_says_so(cpu_wheel: Path, tmp_path: Path):
     assert "Built CPU only: VARSTREAM_CUDA=OFF. No CUDA kernel is in this build." in text
 
 
-# --- the command ---------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def test_info_reports_what_is_here():

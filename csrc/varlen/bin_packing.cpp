@@ -35,22 +35,35 @@ bool table_pays(int64_t entries, int64_t n) {
   return entries <= std::max<int64_t>(8 * n, 1 << 20);
 }
 
-// Document indices from long to short; equal lengths keep their order.
-std::vector<int64_t> decreasing_order(const BinPackingProblem& p) {
-  std::vector<int64_t> order(p.n);
+// Documents in the order in which they are packed. Lengths stand beside them because looking each
+// one up would be a cache miss per document.
+struct Documents {
+  std::vector<int32_t> index;   // (n,)
+  std::vector<int32_t> length;  // (n,) at most the capacity, so 32 bits hold it
+};
+
+// From long to short; equal lengths keep their order.
+Documents decreasing(const BinPackingProblem& p) {
+  Documents documents{std::vector<int32_t>(p.n), std::vector<int32_t>(p.n)};
   const int64_t longest = p.n == 0 ? 0 : *std::max_element(p.lengths, p.lengths + p.n);
   if (!table_pays(longest + 1, p.n)) {
-    std::iota(order.begin(), order.end(), int64_t{0});
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    std::iota(documents.index.begin(), documents.index.end(), 0);
+    std::stable_sort(documents.index.begin(), documents.index.end(), [&](int32_t a, int32_t b) {
       return p.lengths[a] > p.lengths[b];
     });
-    return order;
+    for (int64_t i = 0; i < p.n; ++i) documents.length[i] = p.lengths[documents.index[i]];
+    return documents;
   }
-  std::vector<int64_t> start(longest + 2, 0);  // start[r]: documents with rank < r
+  std::vector<int32_t> start(longest + 2, 0);  // start[r]: documents with rank < r
   for (int64_t i = 0; i < p.n; ++i) ++start[longest - p.lengths[i] + 1];
   std::partial_sum(start.begin(), start.end(), start.begin());
-  for (int64_t i = 0; i < p.n; ++i) order[start[longest - p.lengths[i]]++] = i;
-  return order;
+  for (int64_t rank = 0; rank <= longest; ++rank) {
+    std::fill(documents.length.begin() + start[rank],
+              documents.length.begin() + start[rank + 1],
+              static_cast<int32_t>(longest - rank));
+  }
+  for (int64_t i = 0; i < p.n; ++i) documents.index[start[longest - p.lengths[i]]++] = i;
+  return documents;
 }
 
 // Open bins by the room they have left; bins of equal room form a stack.
@@ -114,91 +127,92 @@ class Assignment {
   }
 
   // Puts the next document into bin; returns how many the bin then holds.
-  int64_t add(int32_t bin) {
+  int32_t add(int32_t bin) {
     bin_of_.push_back(bin);
     return ++depth_[bin];
   }
 
   int64_t bins() const { return static_cast<int64_t>(depth_.size()); }
 
-  // documents (n,): in the order in which they were added.
-  BinPacking layout(const std::vector<int64_t>& documents) const {
+  // index (n,): the documents in the order in which they were added.
+  BinPacking layout(const std::vector<int32_t>& index) const {
     BinPacking packing;
-    packing.order.resize(documents.size());
+    packing.order.resize(index.size());
     packing.offsets.assign(depth_.size() + 1, 0);
     std::partial_sum(depth_.begin(), depth_.end(), packing.offsets.begin() + 1);
-    std::vector<int64_t> next(packing.offsets.begin(), packing.offsets.end() - 1);
-    for (size_t i = 0; i < documents.size(); ++i) packing.order[next[bin_of_[i]]++] = documents[i];
+    std::vector<int32_t> next(packing.offsets.begin(), packing.offsets.end() - 1);
+    for (size_t i = 0; i < index.size(); ++i) packing.order[next[bin_of_[i]]++] = index[i];
     return packing;
   }
 
  private:
   std::vector<int32_t> bin_of_;  // (documents added,)
-  std::vector<int64_t> depth_;   // (bins,) documents in each
+  std::vector<int32_t> depth_;   // (bins,) documents in each
 };
 
 template <typename Rooms>
-BinPacking best_fit(const BinPackingProblem& p, const std::vector<int64_t>& documents) {
+BinPacking best_fit(const BinPackingProblem& p, const Documents& documents) {
   Rooms rooms(p.capacity);
   Assignment assignment(p.n);
-  for (const int64_t document : documents) {
+  for (const int64_t length : documents.length) {
     int64_t room = 0;
-    int32_t bin = rooms.pop(p.lengths[document], room);
+    int32_t bin = rooms.pop(length, room);
     if (bin == kNone) {
       bin = assignment.open_bin();
       room = p.capacity;
     }
-    if (assignment.add(bin) < p.max_depth) rooms.push(room - p.lengths[document], bin);
+    if (assignment.add(bin) < p.max_depth) rooms.push(room - length, bin);
   }
-  return assignment.layout(documents);
+  return assignment.layout(documents.index);
 }
 
 }  // namespace
 
 BinPacking best_fit_decreasing(const BinPackingProblem& p) {
   check(p);
-  const std::vector<int64_t> documents = decreasing_order(p);
+  const Documents documents = decreasing(p);
   if (table_pays(p.capacity + 1, p.n)) return best_fit<RoomTable>(p, documents);
   return best_fit<RoomMap>(p, documents);
 }
 
 BinPacking first_fit_decreasing(const BinPackingProblem& p) {
   check(p);
-  const std::vector<int64_t> documents = decreasing_order(p);
+  const Documents documents = decreasing(p);
   // Tree of maxima over the room of every bin there could be, unopened ones at full capacity: the
   // leftmost leaf with enough room is the first fit, whether opened already or not.
   int64_t leaves = 1;
   while (leaves < p.n) leaves *= 2;
-  std::vector<int64_t> most(2 * leaves, p.capacity);  // node 1 is the root, leaves come last
+  const auto capacity = static_cast<int32_t>(p.capacity);
+  std::vector<int32_t> most(2 * leaves, capacity);  // node 1 is the root, leaves come last
   Assignment assignment(p.n);
-  for (const int64_t document : documents) {
+  for (const int32_t length : documents.length) {
     int64_t node = 1;
-    while (node < leaves) node = 2 * node + (most[2 * node] < p.lengths[document] ? 1 : 0);
+    while (node < leaves) node = 2 * node + (most[2 * node] < length ? 1 : 0);
     const auto bin = static_cast<int32_t>(node - leaves);
-    while (assignment.bins() <= bin) assignment.open_bin();
-    const bool full = assignment.add(bin) == p.max_depth;
-    most[node] = full ? -1 : most[node] - p.lengths[document];
+    if (bin == assignment.bins()) assignment.open_bin();
+    const bool closed = assignment.add(bin) == p.max_depth;
+    most[node] = closed ? -1 : most[node] - length;
     while (node /= 2) most[node] = std::max(most[2 * node], most[2 * node + 1]);
   }
-  return assignment.layout(documents);
+  return assignment.layout(documents.index);
 }
 
 BinPacking next_fit(const BinPackingProblem& p) {
   check(p);
-  std::vector<int64_t> documents(p.n);
-  std::iota(documents.begin(), documents.end(), int64_t{0});
+  std::vector<int32_t> index(p.n);
+  std::iota(index.begin(), index.end(), 0);
   Assignment assignment(p.n);
   int32_t bin = kNone;
   int64_t room = 0, depth = 0;
-  for (const int64_t document : documents) {
-    if (bin == kNone || room < p.lengths[document] || depth == p.max_depth) {
+  for (int64_t i = 0; i < p.n; ++i) {
+    if (bin == kNone || room < p.lengths[i] || depth == p.max_depth) {
       bin = assignment.open_bin();
       room = p.capacity;
     }
     depth = assignment.add(bin);
-    room -= p.lengths[document];
+    room -= p.lengths[i];
   }
-  return assignment.layout(documents);
+  return assignment.layout(index);
 }
 
 }  // namespace varstream::varlen

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 
 
-def int_array(name: str, values: Any) -> np.ndarray:
-    """One dimension of integers as a contiguous int64 array, without a copy where possible.
+def int_array(name: str, values: Any, *, copy: bool = False) -> np.ndarray:
+    """One dimension of integers as a contiguous int64 array.
 
     Args:
         name: the argument's name in the public signature.
         values: (n,) list, tuple, integer array or integer tensor (copied from its device).
+        copy: make sure that the result shares no memory with ``values``.
 
     Raises:
         TypeError: no such sequence, or one of other things than integers.
@@ -35,4 +36,6 @@ def int_array(name: str, values: Any) -> np.ndarray:
         raise ValueError(f"{name} must have 1 dimension (n,), got shape {array.shape}")
     if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} must be below 2**63, got {array.max()}")
+    if copy and isinstance(values, np.ndarray):  # a list has been copied already
+        return array.astype(np.int64, order="C")
     return np.ascontiguousarray(array, dtype=np.int64)

@@ -182,9 +182,7 @@ def _pack(
     capacity: int,
     max_depth: int | None,
 ) -> Packing:
-    array = int_array(
-        "lengths", lengths
-    ).copy()  # the result must not change with the caller's array
+    array = int_array("lengths", lengths, copy=True)
     for name, value in (("capacity", capacity), ("max_depth", max_depth)):
         if name == "max_depth" and value is None:
             continue
