@@ -41,7 +41,7 @@ $(INSTALLED): $(ENVIRONMENT) $(SOURCES)
 	@mkdir -p $(STAMPS) && touch $@
 
 demo: $(INSTALLED) ## Train a small model, packed and streamed, and compare (DATA=path for own text)
-	$(PYTHON) -m varstream demo $(if $(DATA),--data $(DATA))
+	$(PYTHON) -m varstream demo $(if $(DATA),--data "$(DATA)")
 
 test: $(INSTALLED) ## Run the tests (those that need a GPU are left out where there is none)
 	$(PYTHON) -m pytest -q
