@@ -285,6 +285,7 @@ def test_dropout_follows_torch_seed_and_drops_p():
 
 
 def test_backward_is_bitwise_repeatable():
+    torch.set_num_threads(4)
     q, k, v, keywords, inputs = make(
         [40, 300], [40, 300], OPTIONS["everything"], dtype=torch.float32
     )

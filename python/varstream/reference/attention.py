@@ -85,7 +85,7 @@ def sequences(opts: Options) -> Iterator[Sequence]:
             yield Sequence(b, cu_q[b], cu_q[b + 1] - cu_q[b], cu_k[b], sk)
 
 
-def plan(seq: Sequence, opts: Options, flash: bool) -> list[RowBlock]:
+def plan(seq: Sequence, opts: Options, flash: bool, flash_keys: int) -> list[RowBlock]:
     """Row blocks of one sequence for the flash kernel or for blocks of scores."""
     if not flash:
         return plan_sequence(seq.sq, seq.sk, opts.left, opts.right, SCORE_ROWS, SCORE_KEYS, False)
@@ -94,7 +94,7 @@ def plan(seq: Sequence, opts: Options, flash: bool) -> list[RowBlock]:
         # Each row block adds into dk, dv of all the keys it sees, so a long prefix wants few
         # blocks.
         rows = WHOLE if opts.right < 0 or seq.sk >= 2 * seq.sq else max(rows, seq.sq // 4)
-    return plan_sequence(seq.sq, seq.sk, opts.left, opts.right, rows, FLASH_KEYS, True)
+    return plan_sequence(seq.sq, seq.sk, opts.left, opts.right, rows, flash_keys, True)
 
 
 # --- forward --------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, opts: Options) -> tuple[T
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=acc)
     flash = opts.plain and q.device.type == "cpu"
     for seq in sequences(opts):
-        for block in plan(seq, opts, flash):
+        for block in plan(seq, opts, flash, WHOLE):
             rows = slice(seq.q0 + block.q0, seq.q0 + block.q1)
             merged: tuple[Tensor, Tensor] | None = None
             for tile in block.tiles:
@@ -246,7 +246,7 @@ def attention_backward(
     dq = q.new_zeros(q.shape, dtype=acc)
     flash = opts.plain and q.device.type == "cpu"
     for seq in sequences(opts):
-        for block in plan(seq, opts, flash):
+        for block in plan(seq, opts, flash, FLASH_KEYS):
             rows = slice(seq.q0 + block.q0, seq.q0 + block.q1)
             for tile in block.tiles:
                 keys = slice(seq.k0 + tile.k0, seq.k0 + tile.k1)
