@@ -7,7 +7,7 @@ from cases import LENGTH_PAIRS, LENGTHS, cu_seqlens
 
 import varstream as vs
 from varstream.reference.philox import keep_scale, philox4x32
-from varstream.testing import assert_error_ratio, assert_exact, dense_attention
+from varstream.testing import assert_error_ratio, assert_exact, dense_attention, peak_memory
 
 HEADS = 4
 OPTIONS = {
@@ -282,6 +282,20 @@ def test_dropout_follows_torch_seed_and_drops_p():
         torch.tensor([5, 0]), 0.25, 0, torch.arange(8), torch.arange(100), torch.arange(103)
     )
     assert abs((keep == 0).double().mean().item() - 0.25) < 0.01
+
+
+@pytest.mark.parametrize("options", ["causal", "softcap", "left_window"])
+def test_memory_is_linear_in_the_length(options):
+    """No score matrix: four times the tokens take about four times the memory, not sixteen."""
+
+    def peak(n):
+        q, k, v, keywords, inputs = make([n], [n], OPTIONS[options], dtype=torch.float32)
+        cu = cu_seqlens([n])
+        return peak_memory(
+            lambda: torch.autograd.grad(vs.varlen_attention(q, k, v, cu, **keywords).sum(), inputs)
+        )
+
+    assert peak(8192) <= 4.5 * peak(2048)
 
 
 def test_backward_is_bitwise_repeatable():

@@ -5,12 +5,12 @@ import copy
 
 import pytest
 import torch
-from models import make_model, make_twin, packed_row
+from models import loss_and_gradients, make_model, make_twin, packed_row
 from torch import nn
 
 import varstream as vs
 from varstream.streaming import UnsupportedModelError
-from varstream.testing import assert_exact
+from varstream.testing import assert_exact, worst_gradient
 
 
 def test_without_gradients_the_original_runs():
@@ -105,6 +105,19 @@ def test_autograd_grad_and_input_gradients():
     (grad,) = torch.autograd.grad(loss, embeds, retain_graph=True)
     loss.backward()
     assert_exact(embeds.grad, grad)
+
+
+def test_torch_compile_leaves_the_chunk_loop_alone():
+    model = vs.stream(make_twin(), chunk_size=4)
+    compiled = torch.compile(model, backend="aot_eager")
+    for lengths in ([5, 9], [6, 2, 3]):
+        inputs = packed_row(lengths)
+        _, grads = loss_and_gradients(model, **inputs)
+        expected = {name: grad.clone() for name, grad in grads.items()}
+        model.zero_grad()
+        compiled(**inputs).loss.backward()
+        name, error = worst_gradient(((n, p.grad) for n, p in model.named_parameters()), expected)
+        assert error <= 1e-12, f"{name}: {error:.2e}"
 
 
 def test_all_labels_ignored_gives_zero():

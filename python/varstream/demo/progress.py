@@ -19,7 +19,7 @@ Advance = Callable[[str], None]
 
 
 class Report:
-    """Prints to a console; bars move on terminals and are left out of redirected output."""
+    """Prints to a console; of a bar, redirected output shows only the end."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()

@@ -114,7 +114,9 @@ def stream(
         unstream(model)
     backbone = model.model
     targets: list[tuple[Any, Callable[..., Any]]]
-    targets = [(model, _model_forward), (backbone, _backbone_forward)]
+    # The loop over chunks stays outside compiled graphs; decorating here keeps imports light.
+    backbone_forward = torch.compiler.disable(_backbone_forward)
+    targets = [(model, _model_forward), (backbone, backbone_forward)]
     targets += [(layer, _layer_forward) for layer in backbone.layers]
     for module, forward in targets:
         state = State(chunk_size, head_rows, reverse, module.__dict__.get("forward"))
