@@ -76,7 +76,7 @@ def measure_speed(
     began = time.perf_counter()
     with report.progress("speed", settings.rounds * len(runners)) as advance:
         for round_ in range(settings.rounds):
-            if round_ > 1 and time.perf_counter() - began > settings.speed_seconds:
+            if round_ and time.perf_counter() - began > settings.speed_seconds:
                 break
             for i in range(len(runners)):
                 runner = runners[(i + round_) % len(runners)]

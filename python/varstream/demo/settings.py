@@ -27,7 +27,7 @@ class Settings:
         row_tokens: capacity of a packed row; at least ``max_length``.
         compared: documents of the side-by-side comparison.
         compared_tokens: bound of their padded batch, documents times the longest.
-        rounds: timed runs of every method, interleaved; at least 2, no more are started once they
+        rounds: timed runs of every method, interleaved; no further round is started once they
             have taken ``speed_seconds``.
         length_step: document lengths under the budget are multiples of this.
         length_cap: longest document tried.
@@ -51,7 +51,7 @@ class Settings:
     compared: int = 8
     compared_tokens: int = 16384
     rounds: int = 3
-    speed_seconds: float = 30.0
+    speed_seconds: float = 45.0
     length_step: int = 256
     length_cap: int = 16384
 

@@ -46,11 +46,13 @@ class Comparison:
 
     def notes(self) -> list[str]:
         tokens, longest = sum(self.documents), max(self.documents)
+        rounds = len(self.speed[METHODS[0].key].seconds)
         fill = tokens / (longest * len(self.documents))
         return [
             f"tokens/s, peak memory, gradients: the same {len(self.documents)} documents at evenly "
             f"spaced quantiles of length, {tokens:,} real tokens, longest {longest:,}, "
             f"{fill:.0%} full when padded; padding doesn't count as tokens",
+            f"tokens/s: median of {rounds} interleaved runs of forward and backward",
             "peak memory: what one forward and backward allocate at most, gradients included, "
             "weights not",
             "gradient difference: worst parameter, relative to dense float64 run document by "
