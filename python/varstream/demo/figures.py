@@ -64,11 +64,11 @@ def memory_against_length(searches: dict[str, Search], budget: int) -> Any:
     axes.axhline(budget, color="#444444", linestyle="--", linewidth=1.2)
     axes.annotate(
         f"budget {budget} MiB",
-        xy=(0.99, budget),
+        xy=(0.6, budget),
         xycoords=("axes fraction", "data"),
         xytext=(0, 4),
         textcoords="offset points",
-        horizontalalignment="right",
+        horizontalalignment="center",
         color="#444444",
     )
     axes.set_xlim(left=0)
