@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from varstream.reference.attention_plan import CAUSAL, EDGE, FULL, plan_sequence, visible_range
+from varstream.reference.attention_plan import (
+    CAUSAL,
+    EDGE,
+    FULL,
+    plan_causal,
+    plan_sequence,
+    visible_range,
+)
 
 
 def visible(sq, sk, left, right):
@@ -51,6 +58,18 @@ def covered(sq, sk, left, right, blocks):
 def test_plan_covers_the_visible_area(sq, sk, left, right, block_q, block_k, causal_tiles):
     blocks = plan_sequence(sq, sk, left, right, block_q, block_k, causal_tiles)
     assert covered(sq, sk, left, right, blocks) == visible(sq, sk, left, right)
+
+
+@settings(max_examples=200, deadline=None)
+@given(*[st.integers(0, 24)] * 2, *[st.integers(1, 30)] * 3)
+def test_causal_plan_covers_the_visible_area(sq, sk, block_q, block_k, square_q):
+    blocks = plan_causal(sq, sk, block_q, block_k, square_q)
+    assert covered(sq, sk, -1, 0, blocks) == visible(sq, sk, -1, 0)
+    seen = set()
+    for block in blocks:  # a block says when its rows have results already
+        rows = set(range(block.q0, block.q1))
+        assert block.again == bool(rows & seen)
+        seen |= rows
 
 
 @pytest.mark.parametrize("causal_tiles", [True, False])

@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from varstream._checks import acc_dtype
-from varstream.reference.attention_plan import CAUSAL, EDGE, RowBlock, Tile, plan_sequence
+from varstream.reference.attention_plan import (
+    CAUSAL,
+    EDGE,
+    RowBlock,
+    Tile,
+    plan_causal,
+    plan_sequence,
+)
 from varstream.reference.philox import keep_scale
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -87,14 +94,15 @@ def sequences(opts: Options) -> Iterator[Sequence]:
 
 def plan(seq: Sequence, opts: Options, flash: bool, flash_keys: int) -> list[RowBlock]:
     """Row blocks of one sequence for the flash kernel or for blocks of scores."""
+    sq, sk, left, right = seq.sq, seq.sk, opts.left, opts.right
     if not flash:
-        return plan_sequence(seq.sq, seq.sk, opts.left, opts.right, SCORE_ROWS, SCORE_KEYS, False)
-    rows = FLASH_BORDER_ROWS
-    if not opts.windowed:
-        # Each row block adds into dk, dv of all the keys it sees, so a long prefix wants few
-        # blocks.
-        rows = WHOLE if opts.right < 0 or seq.sk >= 2 * seq.sq else max(rows, seq.sq // 4)
-    return plan_sequence(seq.sq, seq.sk, opts.left, opts.right, rows, flash_keys, True)
+        return plan_sequence(sq, sk, left, right, SCORE_ROWS, SCORE_KEYS, False)
+    if left < 0 and right == 0:
+        # Each row block adds into dk, dv of all the keys before it: a long prefix wants few.
+        rows = sq if sk >= 2 * sq else max(FLASH_BORDER_ROWS, sq // 4)
+        return plan_causal(sq, sk, rows, flash_keys, FLASH_BORDER_ROWS)
+    rows = FLASH_BORDER_ROWS if opts.windowed else sq
+    return plan_sequence(sq, sk, left, right, rows, flash_keys, True)
 
 
 # --- forward --------------------------------------------------------------------------------------
@@ -103,13 +111,13 @@ def plan(seq: Sequence, opts: Options, flash: bool, flash_keys: int) -> list[Row
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, opts: Options) -> tuple[Tensor, Tensor]:
     """Return out ``(total_q, Hq, Dv)`` in q's dtype and lse ``(Hq, total_q)`` in acc dtype."""
     acc = acc_dtype(q.dtype)
-    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2], dtype=acc)
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=acc)
     flash = opts.plain and q.device.type == "cpu"
     for seq in sequences(opts):
         for block in plan(seq, opts, flash, WHOLE):
             rows = slice(seq.q0 + block.q0, seq.q0 + block.q1)
-            merged: tuple[Tensor, Tensor] | None = None
+            merged = (out[rows], lse[:, rows]) if block.again else None
             for tile in block.tiles:
                 keys = slice(seq.k0 + tile.k0, seq.k0 + tile.k1)
                 if flash and tile.kind != EDGE:
@@ -122,7 +130,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, opts: Options) -> tuple[T
                 lse[:, rows] = merged[1]
     if opts.sinks is not None:
         _add_sinks(out, lse, opts.sinks.to(acc))
-    return out, lse
+    return out.to(q.dtype), lse
 
 
 def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

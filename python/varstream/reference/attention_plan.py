@@ -25,11 +25,12 @@ class Tile(NamedTuple):
 
 
 class RowBlock(NamedTuple):
-    """Query rows ``[q0, q1)`` of one sequence and the disjoint tiles they see, in key order."""
+    """Query rows ``[q0, q1)`` of one sequence and disjoint tiles they see, in key order."""
 
     q0: int
     q1: int
     tiles: list[Tile]
+    again: bool = False  # an earlier block holds other tiles of these rows
 
 
 def visible_range(row: int, sq: int, sk: int, left: int, right: int) -> tuple[int, int]:
@@ -68,6 +69,29 @@ def plan_sequence(
         tiles = _tiles(q0, q1, sq, sk, left, right, block_k, causal_tiles)
         if tiles:
             blocks.append(RowBlock(q0, q1, tiles))
+    return blocks
+
+
+def plan_causal(sq: int, sk: int, block_q: int, block_k: int, square_q: int) -> list[RowBlock]:
+    """Plan one causal sequence without a window, in two levels.
+
+    Blocks of ``block_q`` rows see all keys before their diagonal square in one ``full`` tile (of
+    ``block_k`` keys at most); inside the square, blocks of ``square_q`` rows hug the diagonal.
+    Coarse blocks keep the number of passes over a long prefix small, fine ones the hidden half of
+    the square.
+    """
+    blocks: list[RowBlock] = []
+    shift = sk - sq
+    for q0 in range(max(0, -shift), sq, block_q):
+        q1, before = min(q0 + block_q, sq), q0 + shift
+        if before > 0:
+            tiles = [Tile(k, min(k + block_k, before), FULL) for k in range(0, before, block_k)]
+            blocks.append(RowBlock(q0, q1, tiles))
+        for row in range(q0, q1, square_q):
+            end = min(row + square_q, q1)
+            tiles = [Tile(before, row + shift, FULL)] if row > q0 else []
+            tiles.append(Tile(row + shift, end + shift, CAUSAL))
+            blocks.append(RowBlock(row, end, tiles, again=before > 0))
     return blocks
 
 
