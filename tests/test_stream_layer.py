@@ -193,6 +193,9 @@ def test_nan_in_a_neighbour_reaches_nobody():
 def test_chunk_plan(lengths, chunk_size):
     cu = cu_seqlens(lengths).tolist()
     document = [b for b, n in enumerate(lengths) for _ in range(n)]
+    if not document:
+        assert [(c.begin, c.end) for c in plan_chunks(cu, chunk_size)] == [(0, 0)]
+        return
     rows = []
     for chunk in plan_chunks(cu, chunk_size):
         rows += range(chunk.begin, chunk.end)
@@ -214,6 +217,14 @@ BAD = {
     "causal": ({"causal": False}, "causal must be True"),
     "chunk": ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
     "chunk_type": ({"chunk_size": "big"}, 'chunk_size must be an int or "auto"'),
+    "x_dtype": ({"x": torch.zeros(3, D, dtype=torch.int64)}, "x must have dtype float64, float32"),
+    "causal_type": ({"causal": 1}, "causal must be a bool, got int"),
+    "reverse": ({"reverse": "no"}, "reverse must be a bool, got str"),
+    "one_tensor": ({"params": torch.zeros(2, 2)}, "params must be a list of tensors, got Tensor"),
+    "no_tensor": ({"params": ["a"]}, r"params\[0\] must be a torch.Tensor, got str"),
+    "no_params": ({"params": None}, "params must be a list of tensors, got NoneType"),
+    "rest": ({"rest": lambda x, p, a: x[:1]}, "rest's result must have the chunk's 3 rows"),
+    "kv": ({"kv": lambda x, p: (x[:1], x)}, "kv's k must have the chunk's 3 rows"),
     "dropout": ({"dropout_p": 0.1}, "stream_layer can't honour dropout_p"),
     "positions": ({"position_ids": torch.arange(4)}, "position_ids must have size 3"),
 }
@@ -231,6 +242,51 @@ def test_errors(change, message):
     }
     with pytest.raises((TypeError, ValueError), match=message):
         vs.stream_layer(**(arguments | change))
+
+
+def test_gradients_that_autograd_shares_are_summed_apart():
+    """One gradient tensor for two parameters, a parameter named twice, dy itself as a gradient."""
+    cu = cu_seqlens([7])
+    x = torch.randn(7, D, dtype=torch.float64)
+    dy = torch.randn(7, D, dtype=torch.float64)
+    w1, w2 = (torch.randn(D, D, dtype=torch.float64).requires_grad_() for _ in range(2))
+    bias = torch.randn(1, D, dtype=torch.float64).requires_grad_()
+
+    def kv(x, _):
+        return x.view(-1, 1, D), x.view(-1, 1, D)
+
+    def rest(x, _, attend):
+        return x @ (w1 + w2) + bias
+
+    expected = torch.autograd.grad(rest(x, None, None), [w1, w2, bias], dy)
+    for chunk_size in (1, 2, 7):
+        before = dy.clone()
+        params = [w1, w2, bias, w1]
+        y = vs.stream_layer(kv, rest, x, cu, params=params, chunk_size=chunk_size)
+        got = torch.autograd.grad(y, [w1, w2, bias], dy)
+        assert torch.equal(dy, before)
+        for g, w in zip(got, expected, strict=True):
+            assert_exact(g, w)
+
+
+def test_parameters_changed_before_the_backward_are_noticed():
+    layer = Layer()
+    x = torch.randn(5, D, dtype=torch.float64)
+    y = vs.stream_layer(layer.kv, layer.rest, x, cu_seqlens([5]), params=layer.params)
+    with torch.no_grad():
+        layer.w["q"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_no_rows_have_the_layers_width():
+    kv = Layer().kv
+    weight = torch.randn(D, 3, dtype=torch.float64).requires_grad_()
+    x = torch.zeros(0, D, dtype=torch.float64)
+    y = vs.stream_layer(kv, lambda x, *_: x @ weight, x, cu_seqlens([0]), params=[weight])
+    assert y.shape == (0, 3)
+    y.sum().backward()
+    assert (weight.grad == 0).all()
 
 
 def test_second_derivative_is_refused():

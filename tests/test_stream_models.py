@@ -150,6 +150,23 @@ def test_packed_equals_separate_documents(form):
     assert error <= 1e-12, f"{name}: {error:.2e}"
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_rows_predict_nothing_whatever_the_labels(side):
+    """Labels are -100 at padding only; the loss is that of the rows run one by one without it."""
+    model = make_twin()
+    ids, mask = torch.randint(VOCAB, (B, S)), torch.ones(B, S, dtype=torch.int64)
+    for b, n in enumerate((0, 3, 17, 7)):
+        (mask[b, :n] if side == "left" else mask[b, S - n :]).zero_()
+    labels = ids.masked_fill(mask == 0, -100)
+    count = int(mask.sum()) - B
+    total = torch.zeros((), dtype=torch.float64)
+    for b in range(B):
+        real = ids[b, mask[b] == 1][None]
+        total += model(real, labels=real, num_items_in_batch=count).loss.detach()
+    got = vs.stream(model, chunk_size=5)(ids, attention_mask=mask, labels=labels).loss
+    assert_exact(got, total)
+
+
 def test_labels_never_cross_documents():
     """Without the collator's -100 a document's last token would be trained on the next one's
     first."""

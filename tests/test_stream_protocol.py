@@ -2,6 +2,7 @@
 refusals."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -43,34 +44,29 @@ def test_unstream_restores_everything():
     assert vs.unstream(model) is model
     for name, module in model.named_modules():
         assert module.__dict__.keys() == before[name].keys(), name
-    with pytest.raises(ValueError, match="LlamaForCausalLM is not streamed"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not a streamed"):
         vs.unstream(model)
 
 
-def test_a_forward_set_before_us_is_kept_and_restored():
-    model = make_model()
-    calls = []
+def test_a_forward_wrapped_after_us_is_not_thrown_away():
+    model = vs.stream(make_model())
     inner = model.model.forward
-
-    def wrapped(*args, **kwargs):
-        calls.append(1)
-        return inner(*args, **kwargs)
-
-    model.model.forward = wrapped
-    vs.stream(model)
-    with torch.no_grad():
-        model(torch.randint(50, (1, 4)))
-    assert calls == [1]
-    assert vs.unstream(model).model.forward is wrapped
+    model.model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    with pytest.raises(ValueError, match="LlamaModel.forward was replaced after vs.stream"):
+        vs.unstream(model)
+    model.model.forward = inner
+    vs.unstream(model)
 
 
-def test_deepcopy_and_training_mode_survive():
-    model = vs.stream(make_twin(), chunk_size=4)
-    twin = copy.deepcopy(model)
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_stream_on_their_own(copier):
+    model = vs.stream(make_model(), chunk_size=4)
+    twin = copier(model)
     inputs = packed_row([5, 6])
     twin(**inputs).loss.backward()
     assert all(p.grad is None for p in model.parameters())
     assert all(p.grad is not None for p in twin.parameters())
+    vs.unstream(twin)
 
 
 def test_gradient_checkpointing_flags_do_not_recompute_twice():
@@ -170,6 +166,20 @@ BAD_CALLS = {
         "cu_seq_lens_q needs a batch of 1",
     ),
     "cu_alone": ({"cu_seq_lens_q": IDS[0].int()}, "must be given together"),
+    "ids_dims": ({"input_ids": IDS[0]}, r"input_ids must have 2 dimensions \(B, S\)"),
+    "ids_type": ({"input_ids": [1]}, "input_ids must be a torch.Tensor, got list"),
+    "positions_dtype": ({"position_ids": torch.zeros(2, 6)}, "position_ids must have dtype int64"),
+    "additive": (
+        {"attention_mask": torch.full((2, 6), -1e9)},
+        "attention_mask of dtype torch.float32 must hold 0 and 1",
+    ),
+    "cu_type": (
+        {"cu_seq_lens_q": [0, 6], "cu_seq_lens_k": [0, 6]},
+        "cu_seq_lens_q must be a torch.Tensor, got list",
+    ),
+    "labels_dtype": ({"labels": IDS.float()}, "labels must have dtype int64, int32, got float32"),
+    "shift_shape": ({"shift_labels": IDS.t()}, "shift_labels must have size 2 in dimension 0"),
+    "shift_dims": ({"shift_labels": IDS[0]}, "shift_labels must have 2 dimensions"),
     "labels": ({"labels": IDS[:, :5]}, "labels must have size 6 in dimension 1"),
 }
 
@@ -213,7 +223,51 @@ def other_type(model):
 
 
 LAYER = "model.layers.1"
+
+
+def subclass(path):
+    """Give a module a class of the user's own, whose forward streaming would never call."""
+
+    def change(model):
+        module = model.get_submodule(path)
+        module.__class__ = type("Mine", (type(module),), {"__module__": "mine"})
+
+    return change
+
+
+def instance_forward(path):
+    def change(model):
+        module = model.get_submodule(path)
+        module.forward = module.forward
+
+    return change
+
+
+def hook(path):
+    return lambda model: model.get_submodule(path).register_forward_hook(lambda *_: None)
+
+
+def module_dropout(model):
+    model.get_submodule(f"{LAYER}.self_attn").attention_dropout = 0.3
+
+
+def own_attention(model):
+    model.config._attn_implementation = "mine"
+
+
 UNSUPPORTED = {
+    "layer_class": (subclass(LAYER), f"{LAYER} is a mine.Mine, not a class of transformers"),
+    "attention_class": (subclass(f"{LAYER}.self_attn"), f"{LAYER}.self_attn is a mine.Mine"),
+    "layer_forward": (instance_forward(LAYER), f"{LAYER} has a forward set on the instance"),
+    "backbone_forward": (instance_forward("model"), "model has a forward set on the instance"),
+    "attention_hook": (hook(f"{LAYER}.self_attn"), f"{LAYER}.self_attn has hooks"),
+    "head_hook": (hook("lm_head"), "lm_head has hooks"),
+    "module_dropout": (module_dropout, f"{LAYER}.self_attn.attention_dropout is 0.3"),
+    "own_attention": (own_attention, "attention implementation 'mine' isn't one"),
+    "mlp_projection": (
+        swap(f"{LAYER}.mlp.up_proj", nn.Identity()),
+        f"{LAYER}.mlp.up_proj is a Identity",
+    ),
     "type": (other_type, "has model type 'gpt2'; vs.stream understands llama, qwen2, qwen3"),
     "head": (swap("lm_head", nn.Sequential()), "lm_head is a Sequential, not a plain nn.Linear"),
     "dropout": (dropout, "config.attention_dropout is 0.1"),
@@ -242,6 +296,21 @@ def test_unsupported_models_are_refused_untouched(change, message):
     with pytest.raises(UnsupportedModelError, match=message):
         vs.stream(model)
     assert {name: dict(m.__dict__) for name, m in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("change", [hook("lm_head"), hook(f"{LAYER}.self_attn"), module_dropout])
+def test_what_would_be_bypassed_is_refused_at_the_call_too(change):
+    model = vs.stream(make_model(), chunk_size=4)
+    change(model)
+    with pytest.raises(UnsupportedModelError, match="has hooks|attention_dropout is 0.3"):
+        model(IDS, labels=IDS)
+
+
+def test_an_empty_batch():
+    model = vs.stream(make_model(), chunk_size=4)
+    ids = torch.zeros(2, 0, dtype=torch.int64)
+    assert model(ids, labels=ids).loss.item() == 0.0
+    assert model.model(ids).last_hidden_state.shape == (2, 0, 32)
 
 
 def test_not_a_model():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+INTEGERS = (torch.int64, torch.int32)
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -27,9 +27,12 @@ def plan_chunks(cu_seqlens: Sequence[int], chunk_size: int) -> list[Chunk]:
     """Cut the rows that ``cu_seqlens`` covers into chunks of ``chunk_size`` rows.
 
     Chunk edges fall anywhere: a document may span many chunks and a chunk may hold many documents.
+    No rows at all make one empty chunk, so that whoever walks the chunks learns the shapes.
     """
-    chunks = []
     total = cu_seqlens[-1]
+    if total == 0:
+        return [Chunk(0, 0, 0, [0, 0], [0, 0], 0, 0)]
+    chunks = []
     for begin in range(0, total, chunk_size):
         end = min(begin + chunk_size, total)
         # first document whose rows reach past `begin`; bisect skips the empty ones before it

@@ -18,6 +18,7 @@ from varstream.streaming.layer import Attend
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_ATTENTION = ("eager", "sdpa", "flash_attention", "flex_attention")
 
 
 class UnsupportedModelError(ValueError):
@@ -89,8 +90,15 @@ def check_supported(model: nn.Module) -> None:
     backbone, head = getattr(model, "model", None), getattr(model, "lm_head", None)
     if backbone is None or not hasattr(backbone, "layers"):
         raise UnsupportedModelError(f"{type(model).__name__} has no decoder 'model.layers'")
-    if type(head) is not nn.Linear:
-        raise UnsupportedModelError(f"lm_head is a {type(head).__name__}, not a plain nn.Linear")
+    _check_stock("the model", model, kind)
+    _check_stock("model", backbone, kind)
+    _check_linear("lm_head", head)
+    check_bypassed("lm_head", head)
+    implementation = getattr(config, "_attn_implementation", None) or "eager"
+    if not implementation.startswith(_ATTENTION):
+        raise UnsupportedModelError(
+            f"attention implementation {implementation!r} isn't one that streaming replaces exactly"
+        )
     if dropout := getattr(config, "attention_dropout", 0.0):
         raise UnsupportedModelError(
             f"config.attention_dropout is {dropout}; "
@@ -102,10 +110,41 @@ def check_supported(model: nn.Module) -> None:
             f"model.{min(unknown)} is a part that streaming doesn't understand"
         )
     for i, layer in enumerate(backbone.layers):
-        _check_layer(f"model.layers.{i}", layer)
+        _check_layer(f"model.layers.{i}", layer, kind)
 
 
-def _check_layer(name: str, layer: nn.Module) -> None:
+def check_bypassed(name: str, module: Any) -> None:
+    """Refuse hooks on a module whose parts streaming calls in its place: they would never fire."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, hook) for hook in hooks):
+        raise UnsupportedModelError(f"{name} has hooks, which would not fire on a streamed model")
+    if dropout := getattr(module, "attention_dropout", 0.0):
+        raise UnsupportedModelError(
+            f"{name}.attention_dropout is {dropout}; "
+            "streaming recomputes attention and needs it to be 0.0"
+        )
+
+
+def _check_stock(name: str, module: nn.Module, kind: str) -> None:
+    """Refuse a forward of the user's own where streaming takes the forward's place."""
+    if not type(module).__module__.startswith(f"transformers.models.{kind}."):
+        raise UnsupportedModelError(
+            f"{name} is a {type(module).__module__}.{type(module).__qualname__}, "
+            f"not a class of transformers.models.{kind}"
+        )
+    if "forward" in module.__dict__:
+        raise UnsupportedModelError(
+            f"{name} has a forward set on the instance; call vs.stream first and wrap afterwards"
+        )
+
+
+def _check_linear(name: str, module: Any) -> None:
+    if type(module) is not nn.Linear:
+        raise UnsupportedModelError(f"{name} is a {type(module).__name__}, not a plain nn.Linear")
+
+
+def _check_layer(name: str, layer: nn.Module, kind: str) -> None:
+    _check_stock(name, layer, kind)
     parts = dict(layer.named_children())
     for part in sorted(_LAYER_PARTS ^ parts.keys()):
         state = (
@@ -113,19 +152,21 @@ def _check_layer(name: str, layer: nn.Module) -> None:
         )
         raise UnsupportedModelError(f"{name}.{part} {state}")
     attn, mlp = parts["self_attn"], parts["mlp"]
+    _check_stock(f"{name}.self_attn", attn, kind)
+    check_bypassed(f"{name}.self_attn", attn)
     known = {*_PROJECTIONS, "q_norm", "k_norm"}
     for part, module in attn.named_children():
         if part not in known:
             raise UnsupportedModelError(
                 f"{name}.self_attn.{part} is a part that streaming doesn't understand"
             )
-        if part in _PROJECTIONS and type(module) is not nn.Linear:
-            raise UnsupportedModelError(
-                f"{name}.self_attn.{part} is a {type(module).__name__}, not a plain nn.Linear"
-            )
+        if part in _PROJECTIONS:
+            _check_linear(f"{name}.self_attn.{part}", module)
     for attribute in (*_PROJECTIONS, "head_dim", "scaling"):
         if not hasattr(attn, attribute):
             raise UnsupportedModelError(f"{name}.self_attn.{attribute} is missing")
     for part, module in mlp.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise UnsupportedModelError(f"{name}.mlp.{part} is a Dropout with p = {module.p}")
+        if part.endswith("_proj"):
+            _check_linear(f"{name}.mlp.{part}", module)

@@ -50,7 +50,8 @@ class GradientSums:
                 continue
             total = self.sums[i]
             if total is None:
-                self.sums[i] = grad.to(acc_dtype(grad.dtype))
+                # A copy: autograd may hand out one tensor for two parameters, or dy itself.
+                self.sums[i] = grad.to(acc_dtype(grad.dtype), copy=True)
             else:
                 total.add_(grad)
 

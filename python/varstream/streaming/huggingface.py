@@ -9,22 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from varstream._checks import check_int
+from varstream._checks import FLOATING, INTEGERS, check_bool, check_int, check_tensor
 from varstream.ops.linear_cross_entropy import linear_cross_entropy
 from varstream.streaming.decoder import (
     DecoderLayer,
     Rotary,
     UnsupportedModelError,
+    check_bypassed,
     check_supported,
 )
 from varstream.streaming.layer import run_streamed
-from varstream.streaming.rows import Rows, make_rows, shift_labels
+from varstream.streaming.rows import Rows, check_labels, make_rows, shift_labels
 from varstream.streaming.schedule import Schedule, resolve_chunk_size
 
 IGNORE_INDEX = -100
@@ -48,11 +49,6 @@ class State:
     chunk_size: int | str
     head_chunk_size: int | None
     reverse: bool
-    previous: Callable[..., Any] | None  # a forward someone had set on the instance before us
-
-    def original(self, module: nn.Module) -> Callable[..., Any]:
-        """The forward to run when there is nothing to stream."""
-        return self.previous or MethodType(type(module).forward, module)
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,11 @@ def stream(
     ``labels`` the output has no logits (they are never formed). The backbone alone
     (``model.model``) streams too. Each document's last token predicts nothing.
 
+    A padding position predicts nothing and is predicted by nothing, and a document's last token
+    predicts nothing: the loss is that of the documents run one by one. (transformers' own loss on a
+    padded batch differs where labels say so: with left padding it trains the first token from a
+    padding row unless that label is -100.)
+
     Args:
         model: a ``LlamaForCausalLM``, ``Qwen2ForCausalLM`` or ``Qwen3ForCausalLM``.
         chunk_size: rows of a layer chunk, or ``"auto"`` (1024 on the CPU, 4096 on CUDA).
@@ -99,29 +100,24 @@ def stream(
 
     Source: StreamBP (arXiv 2506.03077) over packed rows, with K and V formed once a layer.
     """
-    check_supported(model)
     resolve_chunk_size(chunk_size, torch.device("cpu"))
     head_rows = (
         None if head_chunk_size == "auto" else check_int("head_chunk_size", head_chunk_size, low=1)
     )
-    if offload:
+    if check_bool("offload", offload):
         raise ValueError("offload=True is not available in this version of varstream; pass False")
     if memory_budget is not None:
         raise ValueError(
             "memory_budget is not available in this version of varstream; pass chunk_size"
         )
+    state = State(chunk_size, head_rows, check_bool("reverse", reverse))
     if hasattr(model, _STATE):
         unstream(model)
-    backbone = model.model
-    targets: list[tuple[Any, Callable[..., Any]]]
-    # The loop over chunks stays outside compiled graphs; decorating here keeps imports light.
-    backbone_forward = torch.compiler.disable(_backbone_forward)
-    targets = [(model, _model_forward), (backbone, backbone_forward)]
-    targets += [(layer, _layer_forward) for layer in backbone.layers]
-    for module, forward in targets:
-        state = State(chunk_size, head_rows, reverse, module.__dict__.get("forward"))
+    check_supported(model)
+    for module in _streamed_modules(model):
         setattr(module, _STATE, state)
-        module.forward = MethodType(forward, module)
+        # A partial of a module-level function: survives deepcopy and pickle.
+        module.forward = partial(_FORWARDS[_role(model, module)], module)
     return model
 
 
@@ -131,15 +127,26 @@ def unstream(model: Any) -> Any:
     Raises:
         ValueError: the model is not streamed.
     """
-    if not hasattr(model, _STATE):
-        raise ValueError(f"{type(model).__name__} is not streamed")
-    for module in (model, model.model, *model.model.layers):
-        state = module.__dict__.pop(_STATE)
-        if state.previous is None:
-            del module.forward
-        else:
-            module.forward = state.previous
+    if not hasattr(model, _STATE) or not hasattr(model, "lm_head"):
+        raise ValueError(f"{type(model).__name__} is not a streamed causal language model")
+    modules = _streamed_modules(model)
+    for module in modules:
+        if getattr(module.forward, "func", None) not in _FORWARDS.values():
+            raise ValueError(
+                f"{type(module).__name__}.forward was replaced after vs.stream; undo that first"
+            )
+    for module in modules:
+        del module.__dict__[_STATE], module.forward
     return model
+
+
+def _streamed_modules(model: Any) -> list[Any]:
+    """The modules whose forward is replaced: the model, its backbone, the backbone's layers."""
+    return [model, model.model, *model.model.layers]
+
+
+def _role(model: Any, module: Any) -> str:
+    return "model" if module is model else "backbone" if module is model.model else "layer"
 
 
 # --- the replaced forwards ------------------------------------------------------------------------
@@ -150,7 +157,8 @@ def _layer_forward(
 ) -> Any:
     """A layer called by a streamed backbone; any other call runs the layer's own forward."""
     if stream_call is None:
-        return getattr(self, _STATE).original(self)(*args, **kwargs)
+        return type(self).forward(self, *args, **kwargs)
+    check_bypassed("self_attn", self.self_attn)
     parts = DecoderLayer(self, stream_call.rotary)
     params = [p for p in self.parameters() if p.requires_grad]
     return run_streamed(
@@ -164,6 +172,7 @@ def _layer_forward(
     )
 
 
+@torch._disable_dynamo  # the loop over chunks stays outside compiled graphs
 def _backbone_forward(
     self: Any,
     input_ids: Tensor | None = None,
@@ -178,7 +187,8 @@ def _backbone_forward(
     model."""
     state: State = getattr(self, _STATE)
     if not torch.is_grad_enabled() or use_cache or past_key_values is not None:
-        return state.original(self)(
+        return type(self).forward(
+            self,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -188,7 +198,7 @@ def _backbone_forward(
             **kwargs,
         )
     packed_only = kwargs.pop("stream_packed", False)
-    return_dict = kwargs.pop("return_dict", None)
+    return_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
     _check_kwargs(self, kwargs)
     rows = _rows(input_ids, inputs_embeds, attention_mask, position_ids, kwargs)
     if rows.gaps and any(getattr(layer.self_attn, "sliding_window", None) for layer in self.layers):
@@ -233,9 +243,16 @@ def _rows(
 ) -> Rows:
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-    given = input_ids if input_ids is not None else inputs_embeds
-    assert given is not None
+    if inputs_embeds is None:
+        given = check_tensor("input_ids", input_ids, ndim=2, dtypes=INTEGERS, layout="(B, S)")
+    else:
+        given = check_tensor(
+            "inputs_embeds", inputs_embeds, ndim=3, dtypes=FLOATING, layout="(B, S, d)"
+        )
     cu, cu_k = kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+    for name, lengths in (("cu_seq_lens_q", cu), ("cu_seq_lens_k", cu_k)):
+        if lengths is not None:
+            check_tensor(name, lengths, ndim=1, layout="(B+1,)")
     if (cu is None) != (cu_k is None) or not (cu is cu_k or torch.equal(cu, cu_k)):  # type: ignore[arg-type]
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together and be equal")
     return make_rows(given.shape[0], given.shape[1], given.device, attention_mask, position_ids, cu)
@@ -287,21 +304,24 @@ def _model_forward(
         or past_key_values is not None
         or (labels is None and targets is None)
     ):
-        return state.original(self)(
-            **inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs
+        return type(self).forward(
+            self, **inputs, labels=labels, logits_to_keep=logits_to_keep, **kwargs
         )
     _check_loss(self)
-    return_dict = kwargs.pop("return_dict", None)
+    check_bypassed("lm_head", self.lm_head)
+    return_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
     hidden, rows = self.model(**inputs, **kwargs, stream_packed=True)
     if targets is None:
         assert labels is not None
+        check_labels("labels", labels, rows, hidden.device)
         targets = shift_labels(labels, rows, IGNORE_INDEX)
     else:
+        check_labels("shift_labels", targets, rows, hidden.device)
         targets = rows.pack(targets)
     loss = linear_cross_entropy(
         hidden,
         self.lm_head.weight,
-        targets.to(hidden.device),
+        targets,
         linear_bias=self.lm_head.bias,
         ignore_index=IGNORE_INDEX,
         normalizer=kwargs.get("num_items_in_batch"),
@@ -315,9 +335,16 @@ def _model_forward(
 
 def _check_loss(model: Any) -> None:
     """Only the plain causal language model loss is fused; another must not be replaced silently."""
-    name = getattr(model.loss_function, "__name__", repr(model.loss_function))
-    if name != "ForCausalLMLoss":
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    function = model.loss_function
+    name = getattr(function, "__name__", repr(function))
+    if function is not ForCausalLMLoss and not getattr(function, "is_causal_lm_loss", False):
         raise UnsupportedModelError(
             f"model.loss_function is {name}; a streamed model fuses ForCausalLMLoss only. "
             "Call it without labels to get logits."
         )
+
+
+_FORWARDS: dict[str, Callable[..., Any]]
+_FORWARDS = {"model": _model_forward, "backbone": _backbone_forward, "layer": _layer_forward}

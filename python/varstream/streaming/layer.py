@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varstream._checks import acc_dtype, check_cu_seqlens, check_tensor
+from varstream._checks import FLOATING, acc_dtype, check_bool, check_cu_seqlens, check_tensor
 from varstream.ops.attention import varlen_attention
 from varstream.ops.attention_backward import varlen_attention_backward
 from varstream.ops.attention_call import autocast_cast
@@ -81,9 +81,12 @@ def stream_layer(
     Source: StreamBP (arXiv 2506.03077), changed as the module's text says.
     """
     check_tensor("x", x, ndim=2, layout="(n, d)")
+    check_tensor("x", x, dtypes=FLOATING)
     check_cu_seqlens("cu_seqlens", cu_seqlens, x.shape[0], x.device)
-    if not causal:
+    if not check_bool("causal", causal):
         raise ValueError("causal must be True: a streamed chunk sees only keys up to its own end")
+    check_bool("reverse", reverse)
+    unique = _check_params(params)
     allowed = {"window", "softmax_scale", "softcap", "alibi_slopes"}
     if unknown := sorted(set(attention_kwargs) - allowed):
         raise ValueError(
@@ -99,7 +102,16 @@ def stream_layer(
         )
     size = resolve_chunk_size(chunk_size, x.device)
     schedule = Schedule.make(lengths, size, x.device, reverse)
-    return run_streamed(kv, rest, x, position_ids, schedule, params, attention_kwargs)
+    return run_streamed(kv, rest, x, position_ids, schedule, unique, attention_kwargs)
+
+
+def _check_params(params: Any) -> list[Tensor]:
+    """A list of tensors, each once however often it was named."""
+    if isinstance(params, Tensor) or not isinstance(params, Sequence):
+        raise TypeError(f"params must be a list of tensors, got {type(params).__name__}")
+    for i, param in enumerate(params):
+        check_tensor(f"params[{i}]", param)
+    return list({id(p): p for p in params}.values())
 
 
 def run_streamed(
@@ -198,17 +210,19 @@ class _Streamed(torch.autograd.Function):
     def forward(ctx: Any, work: _Work, x: Tensor, *params: Tensor) -> Tensor:
         ctx.work, ctx.params = work, params
         ctx.autocast = _autocast_state(x.device.type)
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x, *params)  # params: so that autograd notices changes in place
         keys = _project(work, x)
         y = None
         for chunk in work.schedule.chunks:
             rows = chunk.rows
             attend = _forward_attend(keys, chunk, work.attention)
             part = work.rest(x[rows], work.positions[rows], attend)
+            _check_rows("rest's result", part, rows)
             if y is None:
                 y = part.new_empty(x.shape[0], *part.shape[1:])
             y[rows] = part
-        return torch.empty_like(x) if y is None else y
+        assert y is not None
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -216,7 +230,7 @@ class _Streamed(torch.autograd.Function):
             raise RuntimeError(
                 "a streamed layer has no second derivative: create_graph=True is refused"
             )
-        (x,) = ctx.saved_tensors
+        x, *_ = ctx.saved_tensors
         work, params = ctx.work, ctx.params
         wanted = [p for p, need in zip(params, ctx.needs_input_grad[2:], strict=True) if need]
         sums = GradientSums(wanted)
@@ -238,6 +252,14 @@ class _Streamed(torch.autograd.Function):
         return None, dx, *param_grads
 
 
+def _check_rows(name: str, part: Tensor, rows: slice) -> None:
+    """What the user's functions return must have a row for each row they were given."""
+    count = rows.stop - rows.start
+    if not isinstance(part, Tensor) or part.dim() < 2 or part.shape[0] != count:
+        got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+        raise ValueError(f"{name} must have the chunk's {count} rows, got {got}")
+
+
 def _forward_attend(keys: _Keys | None, chunk: DeviceChunk, attention: dict[str, Any]) -> Attend:
     def attend(q: Tensor) -> Tensor:
         assert keys is not None
@@ -253,6 +275,8 @@ def _project(work: _Work, x: Tensor) -> _Keys | None:
     keys = None
     for chunk in work.schedule.chunks:
         k, v = autocast_cast(*work.kv(x[chunk.rows], work.positions[chunk.rows]))
+        _check_rows("kv's k", k, chunk.rows)
+        _check_rows("kv's v", v, chunk.rows)
         if keys is None:
             keys = _Keys(
                 k.new_empty(x.shape[0], *k.shape[1:]), v.new_empty(x.shape[0], *v.shape[1:])

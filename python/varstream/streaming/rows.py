@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varstream._checks import check_cu_seqlens, check_tensor
+from varstream._checks import INTEGERS, check_cu_seqlens, check_tensor
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,8 @@ def make_rows(
             another shape.
     """
     positions = _positions(batch, seqlen, device, position_ids)
+    if batch * seqlen == 0:
+        return Rows(batch, seqlen, None, [0], positions.flatten(), False)
     if cu_seq_lens is not None:
         if batch != 1:
             raise ValueError(f"cu_seq_lens_q needs a batch of 1 packed row, got batch {batch}")
@@ -90,7 +92,9 @@ def _positions(
     """Position ids (B, S); the model's own default counts columns, padding or not."""
     if position_ids is None:
         return torch.arange(seqlen, device=device).expand(batch, seqlen)
-    check_tensor("position_ids", position_ids, ndim=2, device=device, layout="(B, S)")
+    check_tensor(
+        "position_ids", position_ids, ndim=2, dtypes=INTEGERS, device=device, layout="(B, S)"
+    )
     if position_ids.shape[1] != seqlen or position_ids.shape[0] not in (1, batch):
         raise ValueError(
             f"position_ids must have shape ({batch}, {seqlen}), got {tuple(position_ids.shape)}"
@@ -107,6 +111,12 @@ def _masked_rows(batch: int, seqlen: int, attention_mask: Any, positions: Tensor
             "a streamed model can't honour masks over pairs of positions"
         )
     real = attention_mask != 0
+    if attention_mask.is_floating_point() and not torch.equal(
+        real.to(attention_mask), attention_mask
+    ):
+        raise ValueError(
+            f"attention_mask of dtype {attention_mask.dtype} must hold 0 and 1 (an additive mask?)"
+        )
     counts = real.sum(1)
     lengths = [0, *counts.cumsum(0).tolist()]
     if lengths[-1] == batch * seqlen:
@@ -119,6 +129,12 @@ def _masked_rows(batch: int, seqlen: int, attention_mask: Any, positions: Tensor
     return Rows(batch, seqlen, indices, lengths, positions.flatten()[indices], gaps)
 
 
+def check_labels(name: str, labels: Any, rows: Rows, device: torch.device) -> None:
+    """Labels must be integers (B, S) on the model's device."""
+    shape = (rows.batch, rows.seqlen)
+    check_tensor(name, labels, shape=shape, dtypes=INTEGERS, device=device, layout="(B, S)")
+
+
 def shift_labels(labels: Tensor, rows: Rows, ignore_index: int = -100) -> Tensor:
     """What each row predicts: the label of the next position, within its document.
 
@@ -129,7 +145,6 @@ def shift_labels(labels: Tensor, rows: Rows, ignore_index: int = -100) -> Tensor
         ``(n,)``; the last row of a document, and a row whose next position isn't real, predict
         nothing.
     """
-    check_tensor("labels", labels, shape=(rows.batch, rows.seqlen), layout="(B, S)")
     flat = labels.flatten()
     targets = torch.full((rows.total,), ignore_index, dtype=torch.int64, device=labels.device)
     if rows.total == 0:

@@ -35,7 +35,7 @@ def float64_twin(model: Any) -> Any:
             module.forward = MethodType(_rotary, module)
         elif kind.endswith("LayerNorm") and not isinstance(module, nn.LayerNorm):
             raise ValueError(f"{name}: a {kind} isn't understood")
-    twin.loss_function = ForCausalLMLoss
+    twin.loss_function = causal_lm_loss
     return twin
 
 
@@ -50,7 +50,7 @@ def _rotary(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]
     return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
 
 
-def ForCausalLMLoss(  # noqa: N802 - streamed models recognise the loss by transformers' name
+def causal_lm_loss(
     logits: Tensor,
     labels: Tensor | None,
     vocab_size: int,
@@ -71,3 +71,6 @@ def ForCausalLMLoss(  # noqa: N802 - streamed models recognise the loss by trans
         reduction=reduction,
     )
     return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+causal_lm_loss.is_causal_lm_loss = True  # type: ignore[attr-defined]  # vs.stream may fuse it
