@@ -20,7 +20,9 @@ OPTIONS = {
     "softcap": {"softcap": 2.0, "causal": True},
     "alibi": {"alibi_slopes": torch.linspace(0.1, 1, HEADS)},
     "sinks": {"sinks": True, "causal": True},
-    "scale": {"softmax_scale": 0.3},
+    "scale": {"softmax_scale": 0.3, "causal": True},
+    "no_scale": {"softmax_scale": 0.0, "causal": True},
+    "negative_scale": {"softmax_scale": -0.5, "causal": True},
     "everything": {
         "sinks": True,
         "softcap": 3.0,

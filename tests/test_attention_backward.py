@@ -133,6 +133,22 @@ def test_refused_before_anything_is_written(change, message):
             assert (arguments[name] == 0).all()
 
 
+def test_buffers_that_cannot_be_added_into_are_refused():
+    arguments = _arguments()
+    wants_gradient = torch.zeros_like(arguments["dk"]).requires_grad_()
+    with pytest.raises(ValueError, match="dk must not require a gradient"):
+        vs.varlen_attention_backward(**(arguments | {"dk": wants_gradient}))
+    expanded = torch.zeros(1, 2, 8, dtype=torch.float64).expand(5, 2, 8)
+    with pytest.raises(ValueError, match="dv must not be expanded"):
+        vs.varlen_attention_backward(**(arguments | {"dv": expanded}))
+
+
+def test_no_graph_is_recorded():
+    arguments = _arguments()
+    dq = vs.varlen_attention_backward(**(arguments | {"q": arguments["q"].requires_grad_()}))
+    assert not dq.requires_grad and not arguments["dk"].requires_grad
+
+
 def test_overlapping_buffers_are_refused():
     arguments = _arguments()
     both = torch.zeros(5, 2, 8, dtype=torch.float64)

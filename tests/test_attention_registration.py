@@ -66,6 +66,35 @@ def test_opcheck_backward(extras):
     )
 
 
+DIRECT = {
+    "falls": ({"cu_seqlens_q": torch.tensor([0, 6, 5], dtype=torch.int32)}, "never fall"),
+    "past": ({"cu_seqlens_k": cu_seqlens([5, 90])}, "must not pass k's 14 rows"),
+    "int64": ({"cu_seqlens_q": torch.tensor([0, 5, 8])}, "must have dtype int32"),
+    "batch": ({"cu_seqlens_k": cu_seqlens([5])}, "must have 3 entries"),
+    "seqused": ({"seqused_k": torch.tensor([9, 9], dtype=torch.int32)}, "between 0 and"),
+    "rng": ({"dropout_p": 0.5}, "rng_state must be given"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), DIRECT.values(), ids=DIRECT)
+def test_direct_calls_are_checked(change, message):
+    q, k, v, call = make()
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.varstream.varlen_attention(q, k, v, *call._replace(**change))
+
+
+def test_direct_calls_check_heads_and_buffers():
+    q, k, v, call = make()
+    with pytest.raises(RuntimeError, match="q must have a multiple of k's 2 heads, got 3"):
+        torch.ops.varstream.varlen_attention(q[:, :3], k, v, *call)
+    out, lse = torch.ops.varstream.varlen_attention(q, k, v, *call)
+    given = (torch.randn_like(out), q, k, v, out, lse, None, *call)
+    with pytest.raises(RuntimeError, match="dk must have dtype float64, got float32"):
+        torch.ops.varstream.varlen_attention_bwd_accumulate(
+            *given, k.float(), torch.zeros_like(v), None
+        )
+
+
 def test_gradcheck():
     q, k, v, _ = make((2, 3), (3, 3))
     sinks = torch.randn(4, dtype=torch.float64)
@@ -214,6 +243,12 @@ BAD = {
         {"max_seqlen_q": 4},
         "max_seqlen_q must be at least the longest length 5, got 4",
     ),
+    "max_k": (
+        ValueError,
+        {"max_seqlen_k": 1},
+        "max_seqlen_k must be at least the longest length 5, got 1",
+    ),
+    "validate": (TypeError, {"validate": 1}, "validate must be a bool, got int"),
     "max_type": (TypeError, {"max_seqlen_q": 4.5}, "max_seqlen_q must be an int, got float"),
     "seqused": (
         ValueError,

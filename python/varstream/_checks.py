@@ -27,10 +27,10 @@ def is_compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
-def values_visible(*tensors: Tensor | None) -> bool:
-    """True when every tensor's values may be read without a device synchronisation."""
+def values_visible(*tensors: Tensor | None, validate: bool = False) -> bool:
+    """True when the tensors' values may be read: no device synchronisation, or one asked for."""
     return not is_compiling() and all(
-        t is None or (t.device.type == "cpu" and type(t) is Tensor) for t in tensors
+        validate or t is None or (t.device.type == "cpu" and type(t) is Tensor) for t in tensors
     )
 
 
@@ -128,16 +128,18 @@ def check_bool(name: str, value: Any) -> bool:
     return value
 
 
-def check_cu_seqlens(name: str, value: Any, total: int | None, device: torch.device) -> Tensor:
+def check_cu_seqlens(
+    name: str, value: Any, total: int | None, device: torch.device, validate: bool = False
+) -> Tensor:
     """Check cumulative lengths ``(B+1,)`` int32: start at 0, never fall, end at ``total``.
 
-    Values are read only where that costs no device synchronisation (CPU tensors outside
-    compilation).
+    Values are read where that costs no device synchronisation (CPU tensors outside compilation),
+    or with ``validate``.
     """
     cu = check_tensor(name, value, ndim=1, dtypes=(torch.int32,), device=device, layout="(B+1,)")
     if cu.shape[0] < 1:
         raise ValueError(f"{name} must have at least one entry (B+1,), got shape {tuple(cu.shape)}")
-    if values_visible(cu):
+    if values_visible(cu, validate=validate):
         check_cu_values(name, cu, total)
     return cu
 

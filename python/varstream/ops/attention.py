@@ -9,7 +9,7 @@ from torch import Tensor
 
 from varstream import _load
 from varstream._checks import acc_dtype, check_bool
-from varstream.ops.attention_call import Call, autocast_cast, check_call
+from varstream.ops.attention_call import Call, autocast_cast, check_backward, check_call
 from varstream.reference import attention as reference
 
 
@@ -33,6 +33,7 @@ def varlen_attention(
     deterministic: bool = False,
     return_lse: bool = False,
     rng_state: Tensor | None = None,
+    validate: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over packed sequences of different lengths, without padding and without a score
     matrix.
@@ -65,6 +66,8 @@ def varlen_attention(
         deterministic: make the backward bitwise repeatable (always so on the CPU).
         return_lse: also return the LSE.
         rng_state: int64 ``(2,)`` dropout state; ``None`` draws one with torch's generator.
+        validate: check the values in ``cu_seqlens`` and ``seqused_k`` on a GPU too (a device
+            synchronisation); on the CPU they always are.
 
     Returns:
         out ``(total_q, Hq, Dv)`` in q's dtype, and with ``return_lse`` the natural-log LSE ``(Hq,
@@ -95,6 +98,7 @@ def varlen_attention(
         dropout_p=dropout_p,
         deterministic=deterministic,
         rng_state=rng_state,
+        validate=validate,
     )
     check_bool("return_lse", return_lse)
     out, lse = torch.ops.varstream.varlen_attention(q, k, v, *call)
@@ -120,8 +124,24 @@ def _options(call: Call) -> reference.Options:
     )
 
 
+def _guard(q: Tensor, k: Tensor, v: Tensor, call: Call, *backward: Any) -> None:
+    """The op's own checks: what the public call has checked already, a direct call has not."""
+    try:
+        arguments = call._asdict()
+        window = arguments.pop("window_left"), arguments.pop("window_right")
+        check_call(q, k, v, window=window, **arguments)
+        if call.dropout_p > 0.0 and call.rng_state is None:
+            raise ValueError("rng_state must be given when dropout_p > 0, got None")
+        if backward:
+            dout, out, lse, dlse, *buffers = backward
+            check_backward(dout, q, k, v, out, lse, dlse, call.sinks, *buffers)
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(f"varstream::varlen_attention: {error}") from None
+
+
 @_load.composed_kernel("varlen_attention")
 def _forward(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
+    _guard(q, k, v, Call(*call))
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     return reference.attention_forward(q, k, v, _options(Call(*call)))
 
@@ -144,6 +164,7 @@ def _backward_accumulate(
     *rest: Any,
 ) -> Tensor:
     *call, dk, dv, dsinks = rest
+    _guard(q, k, v, Call(*call), dout, out, lse, dlse, dk, dv, dsinks)
     dout, q, k, v, out = (t if t.stride(-1) == 1 else t.contiguous() for t in (dout, q, k, v, out))
     saved = reference.Saved(out, lse, dout, dlse)
     return reference.attention_backward(q, k, v, saved, _options(Call(*call)), dk, dv, dsinks).to(

@@ -6,8 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varstream._checks import acc_dtype, check_tensor
-from varstream.ops.attention_call import check_call
+from varstream.ops.attention_call import check_backward, check_call
 
 
 def varlen_attention_backward(
@@ -36,6 +35,7 @@ def varlen_attention_backward(
     dropout_p: float = 0.0,
     deterministic: bool = False,
     rng_state: Tensor | None = None,
+    validate: bool = False,
 ) -> Tensor:
     """Gradients of ``varlen_attention``: returns dq and **adds** dk, dv (and dsinks) into the
     caller's buffers.
@@ -84,66 +84,14 @@ def varlen_attention_backward(
         dropout_p=dropout_p,
         deterministic=deterministic,
         rng_state=rng_state,
+        validate=validate,
     )
     if dropout_p > 0.0 and rng_state is None:
         raise ValueError(
             "rng_state must be the forward's dropout state when dropout_p > 0, got None"
         )
-    acc, device = (acc_dtype(q.dtype),), q.device
-    rows, heads, value_dim = q.shape[0], q.shape[1], v.shape[2]
-    for name, tensor in (("dout", dout), ("out", out)):
-        shape = (rows, heads, value_dim)
-        check_tensor(
-            name, tensor, shape=shape, dtypes=(q.dtype,), device=device, layout="(total_q, Hq, Dv)"
+    check_backward(dout, q, k, v, out, lse, dlse, sinks, dk, dv, dsinks)
+    with torch.no_grad():
+        return torch.ops.varstream.varlen_attention_bwd_accumulate(
+            dout, q, k, v, out, lse, dlse, *call, dk, dv, dsinks
         )
-    for name, tensor in (("lse", lse), ("dlse", lse if dlse is None else dlse)):
-        check_tensor(
-            name, tensor, shape=(heads, rows), dtypes=acc, device=device, layout="(Hq, total_q)"
-        )
-    check_tensor("dk", dk, shape=k.shape, dtypes=acc, device=device, layout="(total_k, Hkv, D)")
-    check_tensor("dv", dv, shape=v.shape, dtypes=acc, device=device, layout="(total_k, Hkv, Dv)")
-    if (dsinks is None) != (sinks is None):
-        raise ValueError("dsinks must be given exactly when sinks is given")
-    if dsinks is not None:
-        check_tensor("dsinks", dsinks, shape=(heads,), dtypes=acc, device=device, layout="(Hq,)")
-    _check_disjoint(
-        {"dk": dk, "dv": dv, "dsinks": dsinks},
-        {
-            "dout": dout,
-            "q": q,
-            "k": k,
-            "v": v,
-            "out": out,
-            "lse": lse,
-            "dlse": dlse,
-            "sinks": sinks,
-        },
-    )
-    return torch.ops.varstream.varlen_attention_bwd_accumulate(
-        dout, q, k, v, out, lse, dlse, *call, dk, dv, dsinks
-    )
-
-
-def _check_disjoint(written: dict[str, Tensor | None], read: dict[str, Tensor | None]) -> None:
-    """Refuse accumulators that share memory with each other or with an input."""
-    if torch.compiler.is_compiling():
-        return
-    done: dict[str, Tensor | None] = {}
-    for name, buffer in written.items():
-        for other, tensor in (read | done).items():
-            if buffer is not None and tensor is not None and _overlap(buffer, tensor):
-                raise ValueError(f"{name} must not share memory with {other}")
-        done[name] = buffer
-
-
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if a.numel() == 0 or b.numel() == 0 or type(a) is not Tensor or type(b) is not Tensor:
-        return False
-    (a0, a1), (b0, b1) = _extent(a), _extent(b)
-    return a0 < b1 and b0 < a1
-
-
-def _extent(t: Tensor) -> tuple[int, int]:
-    """First and one-past-last byte address that the (strided) tensor touches."""
-    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()

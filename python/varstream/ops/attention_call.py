@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from varstream._checks import (
     FLOATING,
+    acc_dtype,
     check_bool,
     check_cu_seqlens,
     check_cu_values,
@@ -63,25 +65,32 @@ def check_call(
     dropout_p: float,
     deterministic: bool,
     rng_state: Tensor | None,
+    validate: bool = False,
 ) -> Call:
-    """Check every argument of ``varlen_attention`` against its contract and resolve the
-    defaults."""
+    """Check every argument of ``varlen_attention`` and resolve the defaults.
+
+    Values inside tensors are read on the CPU always, on a GPU with ``validate``.
+    """
+    check_bool("validate", validate)
     _check_qkv(q, k, v)
     device, heads = q.device, q.shape[1]
-    cu_q, max_q = _check_lengths("cu_seqlens_q", "max_seqlen_q", cu_seqlens_q, max_seqlen_q, q, "q")
+    cu_q, max_q = _check_lengths(
+        "cu_seqlens_q", "max_seqlen_q", cu_seqlens_q, max_seqlen_q, q, "q", validate
+    )
     if cu_seqlens_k is None:
         if k.shape[0] != q.shape[0]:
             raise ValueError(
                 "cu_seqlens_k must be given when k has other rows than q, "
                 f"got {k.shape[0]} and {q.shape[0]}"
             )
-        cu_k, max_k = (
-            cu_q,
-            max_q if max_seqlen_k is None else check_int("max_seqlen_k", max_seqlen_k, low=0),
-        )
+        cu_k, max_k = cu_q, max_q
+        if max_seqlen_k is not None:
+            _, max_k = _check_lengths(
+                "cu_seqlens_q", "max_seqlen_k", cu_q, max_seqlen_k, k, "k", validate
+            )
     else:
         cu_k, max_k = _check_lengths(
-            "cu_seqlens_k", "max_seqlen_k", cu_seqlens_k, max_seqlen_k, k, "k"
+            "cu_seqlens_k", "max_seqlen_k", cu_seqlens_k, max_seqlen_k, k, "k", validate
         )
     batch = cu_q.shape[0] - 1
     if cu_k.shape[0] != batch + 1:
@@ -89,7 +98,7 @@ def check_call(
             f"cu_seqlens_k must have {batch + 1} entries like cu_seqlens_q, got {cu_k.shape[0]}"
         )
     if seqused_k is not None:
-        _check_seqused(seqused_k, cu_k, batch, device)
+        _check_seqused(seqused_k, cu_k, batch, validate)
     if alibi_slopes is not None:
         check_tensor("alibi_slopes", alibi_slopes, dtypes=FLOATING, device=device)
         if tuple(alibi_slopes.shape) not in ((heads,), (batch, heads)):
@@ -146,23 +155,28 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _check_lengths(
-    cu_name: str, max_name: str, cu: Any, max_seqlen: int | None, rows: Tensor, rows_name: str
+    cu_name: str,
+    max_name: str,
+    cu: Any,
+    max_seqlen: int | None,
+    rows: Tensor,
+    rows_name: str,
+    validate: bool,
 ) -> tuple[Tensor, int]:
-    """Check cumulative lengths and their maximum; with the maximum given, rows past the end are a
-    tail."""
+    """Check cumulative lengths and their maximum; given one, rows past the end are a tail."""
     total = rows.shape[0]
     if max_seqlen is None:
-        cu = check_cu_seqlens(cu_name, cu, total, rows.device)
+        cu = check_cu_seqlens(cu_name, cu, total, rows.device, validate)
         return cu, int((cu[1:] - cu[:-1]).max()) if cu.shape[0] > 1 else 0
-    cu = check_cu_seqlens(cu_name, cu, None, rows.device)
+    cu = check_cu_seqlens(cu_name, cu, None, rows.device, validate)
     check_int(max_name, max_seqlen, low=0)
-    if values_visible(cu):
+    if values_visible(cu, validate=validate):
         values = cu.tolist()
         if values[-1] > total:
             raise ValueError(
                 f"{cu_name} must not pass {rows_name}'s {total} rows, got {values[-1]}"
             )
-        longest = max((b - a for a, b in zip(values, values[1:], strict=False)), default=0)
+        longest = max((b - a for a, b in pairwise(values)), default=0)
         if longest > max_seqlen:
             raise ValueError(
                 f"{max_name} must be at least the longest length {longest}, got {max_seqlen}"
@@ -170,11 +184,16 @@ def _check_lengths(
     return cu, max_seqlen
 
 
-def _check_seqused(seqused_k: Any, cu_k: Tensor, batch: int, device: torch.device) -> None:
+def _check_seqused(seqused_k: Any, cu_k: Tensor, batch: int, validate: bool) -> None:
     check_tensor(
-        "seqused_k", seqused_k, shape=(batch,), dtypes=(torch.int32,), device=device, layout="(B,)"
+        "seqused_k",
+        seqused_k,
+        shape=(batch,),
+        dtypes=(torch.int32,),
+        device=cu_k.device,
+        layout="(B,)",
     )
-    if values_visible(seqused_k, cu_k):
+    if values_visible(seqused_k, cu_k, validate=validate):
         cu = check_cu_values("cu_seqlens_k", cu_k, None)
         for b, used in enumerate(seqused_k.tolist()):
             if not 0 <= used <= cu[b + 1] - cu[b]:
@@ -197,3 +216,92 @@ def autocast_cast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t.to(dtype) if t.dtype != torch.float64 else t for t in tensors)
+
+
+# --- backward -------------------------------------------------------------------------------------
+
+
+def check_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dlse: Tensor | None,
+    sinks: Tensor | None,
+    dk: Tensor,
+    dv: Tensor,
+    dsinks: Tensor | None,
+) -> None:
+    """Check what the backward takes beside the forward's arguments; q, k, v are checked already."""
+    acc, device = (acc_dtype(q.dtype),), q.device
+    rows, heads, value_dim = q.shape[0], q.shape[1], v.shape[2]
+    for name, tensor in (("dout", dout), ("out", out)):
+        shape = (rows, heads, value_dim)
+        check_tensor(
+            name, tensor, shape=shape, dtypes=(q.dtype,), device=device, layout="(total_q, Hq, Dv)"
+        )
+    for name, tensor in (("lse", lse), ("dlse", lse if dlse is None else dlse)):
+        check_tensor(
+            name, tensor, shape=(heads, rows), dtypes=acc, device=device, layout="(Hq, total_q)"
+        )
+    check_tensor("dk", dk, shape=k.shape, dtypes=acc, device=device, layout="(total_k, Hkv, D)")
+    check_tensor("dv", dv, shape=v.shape, dtypes=acc, device=device, layout="(total_k, Hkv, Dv)")
+    if (dsinks is None) != (sinks is None):
+        raise ValueError("dsinks must be given exactly when sinks is given")
+    if dsinks is not None:
+        check_tensor("dsinks", dsinks, shape=(heads,), dtypes=acc, device=device, layout="(Hq,)")
+    for name, buffer in (("dk", dk), ("dv", dv), ("dsinks", dsinks)):
+        _check_accumulator(name, buffer)
+    _check_disjoint(
+        {"dk": dk, "dv": dv, "dsinks": dsinks},
+        {
+            "dout": dout,
+            "q": q,
+            "k": k,
+            "v": v,
+            "out": out,
+            "lse": lse,
+            "dlse": dlse,
+            "sinks": sinks,
+        },
+    )
+
+
+def _check_accumulator(name: str, buffer: Tensor | None) -> None:
+    """Refuse a buffer that can't be added into: part of a graph, or overlapping itself."""
+    if buffer is None:
+        return
+    if buffer.requires_grad:
+        raise ValueError(f"{name} must not require a gradient: it is added into")
+    sizes = zip(buffer.shape, buffer.stride(), strict=True)
+    if any(size > 1 and stride == 0 for size, stride in sizes):
+        raise ValueError(f"{name} must not be expanded, got strides {buffer.stride()}")
+
+
+def _check_disjoint(written: dict[str, Tensor | None], read: dict[str, Tensor | None]) -> None:
+    """Refuse accumulators that share memory with each other or with an input."""
+    if torch.compiler.is_compiling():
+        return
+    done: dict[str, Tensor | None] = {}
+    for name, buffer in written.items():
+        for other, tensor in (read | done).items():
+            if buffer is not None and tensor is not None and _overlap(buffer, tensor):
+                raise ValueError(
+                    f"{name} must not share memory with {other} (their address ranges overlap)"
+                )
+        done[name] = buffer
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    if a.numel() == 0 or b.numel() == 0 or type(a) is not Tensor or type(b) is not Tensor:
+        return False
+    (a0, a1), (b0, b1) = _extent(a), _extent(b)
+    return a0 < b1 and b0 < a1
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """First and one-past-last byte address that the (strided) tensor touches."""
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()

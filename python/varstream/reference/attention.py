@@ -55,8 +55,12 @@ class Options:
 
     @property
     def plain(self) -> bool:
-        """No modifier between q k and the softmax, so a stock flash kernel can run the tile."""
-        return self.softcap == 0.0 and self.alibi_slopes is None and self.dropout_p == 0.0
+        """No modifier between q k and the softmax, so a stock flash kernel can run the tile.
+
+        ATen multiplies its hidden scores, -inf, by the scale: only a positive one keeps them so.
+        """
+        modified = self.softcap > 0.0 or self.alibi_slopes is not None or self.dropout_p > 0.0
+        return self.softmax_scale > 0.0 and not modified
 
     @property
     def windowed(self) -> bool:
