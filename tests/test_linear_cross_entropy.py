@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from head_cases import CHUNK_SIZES, IGNORED, ROWS, SCALINGS, problem
+from head_cases import CHUNK_SIZES, IGNORED, ROWS, SCALINGS, problem, shrink_blocks
 
 import varstream as vs
 from varstream.testing import assert_error_ratio, assert_exact, peak_memory
@@ -57,7 +57,23 @@ def test_ignored_rows_equal_dense(reduction, ignored):
     assert_same(p, loss_of(p, reduction, chunk_size=4), p.dense_loss(reduction))
 
 
-@pytest.mark.parametrize("width, classes", [(1, 1), (1, 2), (300, 7), (5, 4099)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_inner_blocks(monkeypatch, reduction, scaling, dtype):
+    """Several blocks of the weight and of rows give what one gives."""
+    p = problem(17, ignored=[3], dtype=dtype)
+    whole = loss_of(p, reduction, chunk_size=5, **scaling)
+    upstream = torch.rand_like(whole)
+    wanted = torch.autograd.grad(whole, p.leaves, upstream)
+    shrink_blocks(monkeypatch)
+    split = loss_of(p, reduction, chunk_size=5, **scaling)
+    assert_exact(split, whole, torch.finfo(p.acc).eps * 8)
+    for a, b in zip(torch.autograd.grad(split, p.leaves, upstream), wanted, strict=True):
+        assert_exact(a, b, torch.finfo(dtype).eps * 8)
+
+
+@pytest.mark.parametrize("width, classes", [(1, 1), (1, 2), (300, 7), (300, 7001)])
 def test_shapes_equal_dense(width, classes):
     """One class, one feature, a width above 256 with bias, more classes than one weight block."""
     p = problem(13, width, classes, ignored=[2])
@@ -87,6 +103,43 @@ def test_normalizer_divides_the_sum(kind):
         "int64": torch.tensor(37),
     }
     assert_same(p, loss_of(p, normalizer=made[kind]), p.dense_loss("sum") / 37)
+
+
+def test_a_float_normalizer_keeps_the_precision_of_the_loss():
+    p = problem()
+    assert_same(p, loss_of(p, normalizer=0.3), p.dense_loss("sum") / 0.3)
+
+
+@pytest.mark.parametrize("normalizer", [0, torch.tensor(0), torch.tensor(-2.0)])
+def test_a_normalizer_must_be_positive_where_rows_are_valid(normalizer):
+    with pytest.raises(ValueError, match="normalizer must be above 0, got"):
+        loss_of(problem(), normalizer=normalizer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"linear_weight": torch.zeros(3, 4)}, "linear_weight must have"),
+        ({"target": torch.zeros(2, dtype=torch.int64)}, "target must have size"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+    ],
+)
+def test_direct_calls_are_checked(change, message):
+    arguments = {
+        "input": torch.zeros(5, 8, dtype=torch.float64),
+        "linear_weight": torch.zeros(3, 8, dtype=torch.float64),
+        "linear_bias": None,
+        "target": torch.zeros(5, dtype=torch.int64),
+        "ignore_index": -100,
+        "logit_scale": 1.0,
+        "softcap": 0.0,
+        "temperature": 1.0,
+        "chunk_size": 0,
+    } | change
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.varstream.linear_cross_entropy(*arguments.values(), False, False, False)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.varstream.token_logprobs(*arguments.values(), False)
 
 
 @pytest.mark.parametrize("normalizer", [None, 0, 5, torch.tensor(0), torch.tensor(5.0)])

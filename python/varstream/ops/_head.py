@@ -86,6 +86,18 @@ def check_head(
     )
 
 
+def direct_call(name: str, *args: Any) -> HeadCall:
+    """The op's own checks: what the public call has checked already, a direct call has not."""
+    call = HeadCall(*args)
+    given = call._asdict()
+    chunk = given.pop("chunk_size")
+    try:
+        check_head(**given, chunk_size=None if chunk == AUTO_CHUNK else chunk)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise RuntimeError(f"varstream::{name}: {error}") from None
+    return call
+
+
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     kind = tensors[0].device.type if tensors[0] is not None else "cpu"
     if not torch.is_autocast_enabled(kind):

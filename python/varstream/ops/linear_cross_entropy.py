@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from varstream import _load
-from varstream._checks import acc_dtype, check_float
-from varstream.ops._head import HeadCall, OnceOnly, check_head, may_overwrite
+from varstream._checks import acc_dtype, check_float, values_visible
+from varstream.ops._head import HeadCall, OnceOnly, check_head, direct_call, may_overwrite
 from varstream.ops.token_logprobs import gradient_fakes, logprobs
 from varstream.reference import cross_entropy as reference
 
@@ -104,7 +104,7 @@ def linear_cross_entropy(
     loss_sum, count = _loss_sum(call)
     if reduction == "sum":
         return loss_sum
-    return loss_sum / _divisor(count, normalizer)
+    return loss_sum / _divisor(loss_sum, count, normalizer)
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -136,13 +136,16 @@ def _check_normalizer(normalizer: Any, reduction: str) -> None:
         check_float("normalizer", normalizer, low=0.0)
 
 
-def _divisor(count: Tensor, normalizer: int | float | Tensor | None) -> Tensor:
-    """What the summed loss () is divided by; 1 where no row is valid, so that 0 stays 0."""
+def _divisor(loss_sum: Tensor, count: Tensor, normalizer: int | float | Tensor | None) -> Tensor:
+    """What the summed loss () is divided by, in its dtype; 1 where no row is valid: 0 stays 0."""
     if normalizer is None:
         return count.clamp(min=1)
-    if isinstance(normalizer, Tensor):
-        normalizer = normalizer.reshape(()).to(count.device)
-    return torch.where(count == 0, 1, normalizer)
+    if not isinstance(normalizer, Tensor):
+        normalizer = torch.full_like(loss_sum, normalizer, requires_grad=False)
+    normalizer = normalizer.detach().reshape(()).to(loss_sum)
+    if values_visible(count, normalizer) and int(count) > 0 and not float(normalizer) > 0:
+        raise ValueError(f"normalizer must be above 0, got {float(normalizer)}")
+    return torch.where(count == 0, torch.ones_like(normalizer), normalizer)
 
 
 # --- op -------------------------------------------------------------------------------------------
@@ -159,7 +162,7 @@ def _loss_sum(call: HeadCall) -> tuple[Tensor, Tensor]:
 
 @_load.composed_kernel(NAME)
 def _kernel(*args: Any) -> tuple[Tensor, ...]:
-    call = HeadCall(*args[:9])
+    call = direct_call(NAME, *args[:9])
     return reference.linear_cross_entropy(
         call.input, call.head(), call.target, call.ignore_index, call.chunk_size, args[9:]
     )

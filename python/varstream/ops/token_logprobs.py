@@ -9,7 +9,7 @@ from torch import Tensor
 
 from varstream import _load
 from varstream._checks import acc_dtype, check_bool
-from varstream.ops._head import HeadCall, check_head, refuse_second_derivative
+from varstream.ops._head import HeadCall, check_head, direct_call, refuse_second_derivative
 from varstream.reference import cross_entropy as reference
 
 NAME = "token_logprobs"
@@ -85,7 +85,7 @@ def logprobs(call: HeadCall, return_entropy: bool) -> tuple[Tensor, Tensor]:
 
 @_load.composed_kernel(NAME)
 def _kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = HeadCall(*args[:9])
+    call = direct_call(NAME, *args[:9])
     return reference.token_logprobs(
         call.input, call.head(), call.target, call.ignore_index, call.chunk_size, args[9]
     )
@@ -103,7 +103,13 @@ def _bwd_kernel(
     dlogp: Tensor, dentropy: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, bias, target, _, entropy, *scalars = args
-    call = HeadCall(x, weight, bias, target, *scalars[:5])
+    call = direct_call(f"{NAME}_bwd", x, weight, bias, target, *scalars[:5])
+    for name, given in (("dlogp", dlogp), ("dentropy", dentropy), ("entropy", entropy)):
+        if given is not None and given.shape != x.shape[:1]:
+            raise RuntimeError(
+                f"varstream::{NAME}_bwd: {name} must have shape ({x.shape[0]},), "
+                f"got {tuple(given.shape)}"
+            )
     return reference.token_logprobs_bwd(
         dlogp,
         dentropy,
