@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
+import varstream as vs
+from varstream._checks import acc_dtype
+from varstream.reference import head as blocks
+from varstream.testing import assert_exact
+
 ROWS = [0, 1, 2, 13, 15, 16, 17]  # none, one, a prime, a chunk edge and its neighbours
 CHUNK_SIZES = [1, 4, 7, 16, None]
+REDUCTIONS = ["mean", "sum", "none"]
 IGNORE = -100
 
 # What happens between the linear layer and the softmax
@@ -33,6 +40,13 @@ IGNORED = {
 }
 
 
+def shrink_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the inner blocks small enough for a few of them to come up in a small problem."""
+    monkeypatch.setattr(blocks, "_WEIGHT_ELEMENTS", 7 * 9)  # 7 classes of width 9
+    monkeypatch.setattr(blocks, "_MIN_WEIGHT_ROWS", 1)
+    monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", 2 * 23)  # 2 rows of 23 classes
+
+
 @dataclass
 class Problem:
     """A head's operands: input (N, d), weight (V, d), bias (V,) or None, target (N,)."""
@@ -46,6 +60,10 @@ class Problem:
     def leaves(self) -> tuple[Tensor, ...]:
         given = (self.input, self.weight, self.bias)
         return tuple(t for t in given if t is not None)
+
+    @property
+    def acc(self) -> torch.dtype:
+        return acc_dtype(self.input.dtype)
 
     @property
     def valid(self) -> Tensor:
@@ -106,3 +124,20 @@ def problem(
         torch.randn(classes, dtype=dtype, requires_grad=True) if bias else None,
         target,
     )
+
+
+def loss_of(p, reduction="mean", **options):
+    return vs.linear_cross_entropy(
+        p.input, p.weight, p.target, linear_bias=p.bias, reduction=reduction, **options
+    )
+
+
+def assert_same_loss(p, loss, expected, tolerance=1e-12):
+    """Loss and gradients of every leaf equal under one non-uniform upstream gradient."""
+    assert_exact(loss, expected, tolerance, "loss")
+    upstream = torch.randn_like(expected)
+    actual = torch.autograd.grad(loss, p.leaves, upstream.to(loss.dtype))
+    wanted = torch.autograd.grad(expected, p.leaves, upstream)
+    for name, ours, theirs in zip(("input", "weight", "bias"), actual, wanted, strict=False):
+        assert ours.dtype == theirs.dtype
+        assert_exact(ours, theirs, tolerance, name)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from head_cases import CHUNK_SIZES, IGNORED, ROWS, SCALINGS, problem
+from head_cases import CHUNK_SIZES, IGNORED, ROWS, SCALINGS, problem, shrink_blocks
 
 import varstream as vs
 from varstream.testing import assert_error_ratio, assert_exact, peak_memory
@@ -64,10 +64,18 @@ def test_without_entropy():
     assert_same(p, (logp,), p.dense_logprobs()[:1])
 
 
-@pytest.mark.parametrize("width, classes", [(1, 1), (1, 2), (300, 7), (5, 4099)])
+@pytest.mark.parametrize("width, classes", [(1, 1), (1, 2), (300, 7), (300, 7001)])
 def test_shapes_equal_dense(width, classes):
     p = problem(13, width, classes, ignored=[2])
     assert_same(p, run(p, chunk_size=6), p.dense_logprobs())
+
+
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_inner_blocks(monkeypatch, scaling):
+    """Several blocks of the weight and of rows."""
+    shrink_blocks(monkeypatch)
+    p = problem(17, ignored=[3])
+    assert_same(p, run(p, chunk_size=5, **scaling), p.dense_logprobs(**scaling))
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
