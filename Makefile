@@ -12,8 +12,10 @@ else
   ENVIRONMENT :=
 endif
 
-# One stamp per interpreter; the editable install only needs repeating when compiled parts change.
+# One stamp per interpreter; the editable install only needs repeating when compiled parts change or
+# the environment asks for another build.
 STAMPS := build/stamps
+OPTIONS := $(foreach v,VARSTREAM_CUDA VARSTREAM_CUDA_ARCHS VARSTREAM_NVCC CUDACXX,$(v)=$($(v)))
 INSTALLED := $(STAMPS)/$(subst /,_,$(PYTHON)).installed
 SOURCES := CMakeLists.txt pyproject.toml \
   $(shell find csrc -type f \( -name '*.h' -o -name '*.c*' -o -name '*.in' \))
@@ -23,7 +25,7 @@ CXX_FILES := $(shell find csrc tests/cpp -type f \
 CLANG_FORMAT = $(or $(wildcard $(dir $(PYTHON))clang-format),clang-format)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format gpu clean
+.PHONY: help env demo test lint format gpu clean FORCE
 
 help: ## List the tasks
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -36,7 +38,12 @@ env: $(INSTALLED) ## Make .venv when missing and install varstream into it
 	.venv/bin/python -m pip install --quiet --no-deps -r requirements-cutlass.txt
 	@touch $@
 
-$(INSTALLED): $(ENVIRONMENT) $(SOURCES)
+# Written only when the options change.
+$(STAMPS)/options: FORCE
+	@mkdir -p $(STAMPS)
+	@cmp -s $@ <(echo '$(OPTIONS)') || echo '$(OPTIONS)' > $@
+
+$(INSTALLED): $(ENVIRONMENT) $(SOURCES) $(STAMPS)/options
 	$(PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	@mkdir -p $(STAMPS) && touch $@
 

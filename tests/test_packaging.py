@@ -135,10 +135,16 @@ def test_build_info_is_consistent():
 # --- configure ------------------------------------------------------------------------------------
 
 
-def configure(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def without_options() -> dict[str, str]:
+    """This environment without what chooses the build."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("VARSTREAM", "CUDA", "MAKE"))}
+
+
+def configure(
+    tmp_path: Path, *options: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
     import pybind11
 
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("VARSTREAM", "CUDA"))}
     return subprocess.run(
         [
             *(CMAKE, "-S", ROOT, "-B", tmp_path / "build", f"-DPython_EXECUTABLE={sys.executable}"),
@@ -146,7 +152,7 @@ def configure(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]
         ],
         capture_output=True,
         text=True,
-        env=environment,
+        env=without_options() | environment,
     )
 
 
@@ -186,6 +192,54 @@ def test_configure_takes_the_usual_spellings_of_archs(tmp_path: Path):
     result = configure(tmp_path, "-DVARSTREAM_CUDA_ARCHS=sm_90a,compute_90")
     assert result.returncode == 0, result.stderr
     assert "varstream: CUDA kernels for 90a-real 90-virtual, nvcc" in result.stdout
+
+
+@needs_cmake
+def test_configure_reads_the_environment_each_time(tmp_path: Path):
+    """In one build directory: a define, else this configure's environment, else the default."""
+    nowhere = {"VARSTREAM_NVCC": "/nonexistent/nvcc"}
+    assert "CPU only (VARSTREAM_CUDA=OFF)" in configure(tmp_path, VARSTREAM_CUDA="OFF").stdout
+    on = configure(tmp_path, VARSTREAM_CUDA="ON", **nowhere)
+    assert "VARSTREAM_CUDA=ON, but no nvcc found." in " ".join(on.stderr.split())
+    assert "CPU only (no nvcc found)" in configure(tmp_path, **nowhere).stdout
+    defined = configure(tmp_path, "-DVARSTREAM_CUDA=OFF", VARSTREAM_CUDA="ON")
+    assert "CPU only (VARSTREAM_CUDA=OFF)" in defined.stdout
+
+
+@needs_cmake
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [("release 12.6, V12.6.85", "is of CUDA 12.6, older than 12.8"), ("", "tells no version")],
+)
+def test_configure_refuses_an_old_cuda(tmp_path: Path, answer: str, reason: str):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, {answer}'\n")
+    nvcc.chmod(0o755)
+    auto = configure(tmp_path, VARSTREAM_NVCC=str(nvcc))
+    assert auto.returncode == 0, auto.stderr
+    assert f"{reason}); no CUDA kernel is built" in auto.stdout
+    on = configure(tmp_path, VARSTREAM_CUDA="ON", VARSTREAM_NVCC=str(nvcc))
+    words = " ".join(on.stderr.split())
+    assert on.returncode != 0
+    assert f"{reason}. Install the CUDA toolkit (12.8 or newer)" in words
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_installs_again_when_the_options_change(tmp_path: Path):
+    for name in ("Makefile", "CMakeLists.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+
+    def installs(**options: str) -> bool:
+        command = ["make", "-C", tmp_path, "env", "PYTHON=true"]
+        env = without_options() | options
+        result = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert result.returncode == 0, result.stderr
+        return "pip install" in result.stdout
+
+    assert installs() and not installs()
+    assert installs(VARSTREAM_CUDA="OFF") and not installs(VARSTREAM_CUDA="OFF")
+    assert installs(VARSTREAM_CUDA_ARCHS="80-real;90a-real")
+    assert installs()
 
 
 # --- the wheel ------------------------------------------------------------------------------------

@@ -2,18 +2,22 @@
 #
 # Sets VARSTREAM_WITH_CUDA (0 or 1), VARSTREAM_CUDA_REASON (one line for people) and, when kernels
 # are built, CMAKE_CUDA_ARCHITECTURES; enables the CUDA language.
-include(CheckLanguage)
 
-# A cached define wins over the environment, the environment over the default.
-function(varstream_option name default help)
-  if(DEFINED ENV{${name}} AND NOT "$ENV{${name}}" STREQUAL "")
-    set(default "$ENV{${name}}")
+# A define wins over the environment, the environment over the default. Only defines are cached:
+# what the environment said at one configure is forgotten at the next.
+macro(varstream_option name default)
+  if(NOT DEFINED CACHE{${name}})
+    set(${name} "$ENV{${name}}")
+    if("${${name}}" STREQUAL "")
+      set(${name} "${default}")
+    endif()
   endif()
-  set(${name} "${default}" CACHE STRING "${help}")
-endfunction()
+endmacro()
 
-varstream_option(VARSTREAM_CUDA AUTO "CUDA kernels: AUTO, ON or OFF")
-varstream_option(VARSTREAM_CUDA_ARCHS "80-real;90a-real;90-virtual" "CUDA architectures")
+varstream_option(VARSTREAM_CUDA AUTO)
+varstream_option(VARSTREAM_CUDA_ARCHS "80-real;90a-real;90-virtual")
+varstream_option(VARSTREAM_NVCC "$ENV{CUDACXX}")
+set(oldest_cuda 12.8)
 
 string(TOUPPER "${VARSTREAM_CUDA}" cuda_mode)
 if(NOT cuda_mode MATCHES "^(AUTO|ON|OFF)$")
@@ -31,29 +35,37 @@ if(cuda_mode STREQUAL "OFF")
   set(nvcc_problem "VARSTREAM_CUDA=OFF")
 else()
   # VARSTREAM_NVCC names a compiler outright; otherwise CUDACXX, the toolkit's variables and PATH.
-  if(DEFINED ENV{CUDACXX} AND NOT DEFINED VARSTREAM_NVCC)
-    set(VARSTREAM_NVCC "$ENV{CUDACXX}" CACHE FILEPATH "nvcc")
+  if(VARSTREAM_NVCC)
+    set(nvcc "${VARSTREAM_NVCC}")
+  else()
+    find_program(
+      nvcc nvcc
+      HINTS ENV CUDA_HOME ENV CUDA_PATH
+      PATHS /usr/local/cuda
+      PATH_SUFFIXES bin
+      NO_CACHE)
   endif()
-  find_program(
-    VARSTREAM_NVCC nvcc
-    HINTS ENV CUDA_HOME ENV CUDA_PATH
-    PATHS /usr/local/cuda
-    PATH_SUFFIXES bin)
-  if(NOT VARSTREAM_NVCC OR NOT EXISTS "${VARSTREAM_NVCC}")
+  if(NOT nvcc OR NOT EXISTS "${nvcc}")
     set(nvcc_problem "no nvcc found")
   else()
-    set(CMAKE_CUDA_COMPILER "${VARSTREAM_NVCC}")
-    set(CMAKE_CUDA_ARCHITECTURES "${cuda_archs}")
-    check_language(CUDA)
-    if(CMAKE_CUDA_COMPILER)
-      set(VARSTREAM_WITH_CUDA 1)
+    execute_process(
+      COMMAND "${nvcc}" --version
+      OUTPUT_VARIABLE nvcc_answer
+      RESULT_VARIABLE nvcc_status
+      ERROR_QUIET)
+    if(NOT nvcc_status EQUAL 0 OR NOT nvcc_answer MATCHES "release ([0-9]+\\.[0-9]+)")
+      set(nvcc_problem "${nvcc} --version tells no version")
+    elseif(CMAKE_MATCH_1 VERSION_LESS oldest_cuda)
+      set(nvcc_problem "${nvcc} is of CUDA ${CMAKE_MATCH_1}, older than ${oldest_cuda}")
     else()
-      set(nvcc_problem "${VARSTREAM_NVCC} does not compile here")
+      set(VARSTREAM_WITH_CUDA 1)
     endif()
   endif()
 endif()
 
 if(VARSTREAM_WITH_CUDA)
+  set(CMAKE_CUDA_COMPILER "${nvcc}")
+  set(CMAKE_CUDA_ARCHITECTURES "${cuda_archs}")
   set(CMAKE_CUDA_STANDARD 17)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
@@ -67,8 +79,8 @@ else()
   if(cuda_mode STREQUAL "ON")
     message(
       FATAL_ERROR
-        "VARSTREAM_CUDA=ON, but ${nvcc_problem}. Install the CUDA toolkit (12.8 or newer), put nvcc "
-        "on PATH or set CUDA_HOME, or build without kernels: VARSTREAM_CUDA=OFF")
+        "VARSTREAM_CUDA=ON, but ${nvcc_problem}. Install the CUDA toolkit (${oldest_cuda} or "
+        "newer), put nvcc on PATH or set CUDA_HOME, or build without kernels: VARSTREAM_CUDA=OFF")
   endif()
   set(VARSTREAM_NVCC_VERSION "")
   set(VARSTREAM_BUILT_ARCHS "")
