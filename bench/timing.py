@@ -39,8 +39,10 @@ def paired(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Median, quartiles and minimum."""
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    """Median, quartiles and minimum of one value or more."""
+    # A single value is its own quartiles; before Python 3.13 quantiles refuses it.
+    spread = values if len(values) > 1 else values * 2
+    low, median, high = statistics.quantiles(spread, n=4, method="inclusive")
     return {"median": median, "quartile_1": low, "quartile_3": high, "min": min(values)}
 
 

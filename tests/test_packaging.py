@@ -10,6 +10,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -314,6 +315,26 @@ def test_info_reports_what_is_here():
     assert report["cuda"]["kernels"] == _C.build_info()["kernels"]
     assert report["devices"][0].startswith("CPU")
     assert report["operators"]["unpack"]["CPU"] == "ATen"
+
+
+def test_gpu_status_is_told_of_builds_with_kernels_only():
+    from varstream.cli.info import GPU_STATUS, _summary
+
+    build = {"built": True, "usable": True, "reason": "", "symbols": {}}
+    assert _summary(build) == GPU_STATUS
+    assert GPU_STATUS in _summary(build | {"usable": False})
+    assert GPU_STATUS not in _summary(build | {"built": False})
+
+
+def test_metadata_names_what_is_imported_and_the_oldest_python():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert {"torch", "numpy", "rich", "typer"} == {
+        re.split(r"\W", d)[0] for d in project["project"]["dependencies"]
+    }
+    oldest = project["project"]["requires-python"].removeprefix(">=")
+    assert project["tool"]["mypy"]["python_version"] == oldest
+    assert project["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    assert f"Programming Language :: Python :: {oldest}" in project["project"]["classifiers"]
 
 
 def test_command_line_lists_its_commands():

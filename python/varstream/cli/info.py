@@ -14,7 +14,8 @@ import varstream
 from varstream import _C
 from varstream._load import NAMESPACE, composed_on_cuda
 
-GPU_STATUS = "The CUDA kernels of this version have not yet run on a GPU."
+# About this release, whatever machine it is on; goes when its measurements are published.
+GPU_STATUS = "CUDA kernels of this version: not yet measured on a GPU by the project."
 
 
 def collect() -> dict[str, Any]:
