@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from varstream import batching
 
+BF16 = torch.ones(1, dtype=torch.bfloat16)
 PACKERS = [batching.best_fit_decreasing, batching.first_fit_decreasing, batching.next_fit]
 
 
@@ -171,10 +172,13 @@ def test_shuffle_is_seeded_and_keeps_bins():
         (ValueError, r"lengths must be below 2\*\*63", (np.array([2**63], "u8"), 8)),
         (TypeError, "capacity must be an int, got float", ([1], 8.0)),
         (TypeError, "capacity must be an int, got NoneType", ([1], None)),
-        (ValueError, "capacity must be at least 1, got 0", ([1], 0)),
+        (TypeError, "lengths must have a dtype that NumPy has, got torch.bfloat16", (BF16, 8)),
+        (TypeError, "lengths must hold numbers, got lists of unequal", ([[1], [2, 3]], 8)),
+        (TypeError, "lengths must hold numbers, got <U1", (["1"], 8)),
+        (ValueError, r"capacity must be 1 to 2\*\*31 - 1 .*, got 0", ([1], 0)),
         (ValueError, r"capacity must be 1 to 2\*\*31 - 1 .*, got 2147483648", ([1], 2**31)),
-        (ValueError, "capacity must be at least 1, got 1", ([1], 10**30)),
-        (ValueError, "max_depth must be at least 1, got 0", ([1], 8, 0)),
+        (ValueError, r"capacity must be 1 to 2\*\*31 - 1 .*, got 1000", ([1], 10**30)),
+        (ValueError, r"max_depth must be 1 to 2\*\*62, got 0", ([1], 8, 0)),
         (TypeError, "max_depth must be an int, got str", ([1], 8, "2")),
     ],
 )
@@ -247,6 +251,63 @@ def test_collator_options():
     assert batch["position_ids"].tolist() == [[2, 3]]
     assert batch["max_length_q"] == batch["max_length_k"] == 16
     assert batch["advantages"].tolist() == [[0.5, 1.5]]
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype"),
+    [
+        (([1, 2], []), torch.int64),
+        (([], [1, 2]), torch.int64),
+        ((torch.tensor([1, 2]), torch.tensor([])), torch.int64),
+        ((np.array([1, 2], np.int32), []), torch.int32),
+        (([True, False], []), torch.bool),
+        (([0.5, 1.5], []), torch.float32),
+        (([1, 2], [0.5]), torch.float32),
+        (([], []), torch.float32),
+        ((np.array([0.5, 1.5]), [0.5]), torch.float64),
+        ((torch.tensor([0.5, 1.5]).half(), []), torch.float16),
+    ],
+)
+def test_collator_keeps_the_dtype_of_extra_columns(columns, dtype):
+    examples = [{"input_ids": [7] * len(c), "extra": c} for c in columns]
+    row = batching.PackedCollator(extra=["extra"])(examples)["extra"]
+    assert row.dtype == dtype
+    assert row.tolist() == [[v for c in columns for v in np.asarray(c).tolist()]]
+
+
+def test_collator_joins_wide_columns_and_empty_documents():
+    examples = [{"input_ids": [], "extra": []}, {"input_ids": [1, 2], "extra": [[3, 4], [5, 6]]}]
+    row = batching.PackedCollator(extra=["extra"])(examples)["extra"]
+    assert row.tolist() == [[[3, 4], [5, 6]]]
+
+
+@pytest.mark.parametrize(
+    ("column", "got"),
+    [
+        (BF16, "have a dtype that NumPy has, got torch.bfloat16"),
+        (["a"], "hold numbers, got <U1"),
+        ("a", "hold numbers, got <U1"),
+        ([None], "hold numbers, got object"),
+        ([[1], [2, 3]], "hold numbers, got lists of unequal lengths"),
+    ],
+)
+def test_collator_refuses_columns_without_numbers(column, got):
+    with pytest.raises(TypeError, match=f"weight of example 0 must {got}"):
+        batching.PackedCollator(extra=["weight"])([{"input_ids": [1], "weight": column}])
+    with pytest.raises(TypeError, match=f"attention_mask of example 0 must {got}"):
+        batching.PackedCollator()([{"input_ids": [1], "attention_mask": column}])
+
+
+@pytest.mark.parametrize("examples", [None, 3, iter([{"input_ids": [1]}]), {"input_ids": [[1]]}])
+def test_collator_refuses_what_is_no_sequence(examples):
+    with pytest.raises(TypeError, match="examples must be a sequence of mappings, got"):
+        batching.PackedCollator()(examples)
+
+
+@pytest.mark.parametrize("name", ["position_ids", "max_length_q", "labels", "attention_mask"])
+def test_collator_refuses_extra_columns_that_it_makes(name):
+    with pytest.raises(ValueError, match=f"handles, got '{name}'"):
+        batching.PackedCollator(extra=["advantages", name])
 
 
 def test_collator_in_a_data_loader():

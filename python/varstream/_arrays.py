@@ -1,4 +1,4 @@
-"""Integers from whatever callers hold: lists, arrays, tensors."""
+"""Arrays from whatever callers hold: lists, arrays, tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,26 @@ from typing import Any
 
 import numpy as np
 import torch
+
+_NUMPY_FLOATS = (torch.float64, torch.float32, torch.float16)
+
+
+def host_array(name: str, values: Any) -> np.ndarray:
+    """Booleans or numbers as an array on the host, sharing memory with ``values`` where it can.
+
+    Raises:
+        TypeError: ragged lists, other things than numbers, or a tensor dtype that NumPy lacks.
+    """
+    tensor = isinstance(values, torch.Tensor)
+    if tensor and values.dtype.is_floating_point and values.dtype not in _NUMPY_FLOATS:
+        raise TypeError(f"{name} must have a dtype that NumPy has, got {values.dtype}")
+    try:
+        array = values.detach().cpu().numpy() if tensor else np.asarray(values)
+    except ValueError:
+        raise TypeError(f"{name} must hold numbers, got lists of unequal lengths") from None
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must hold numbers, got {array.dtype}")
+    return array
 
 
 def int_array(name: str, values: Any, *, copy: bool = False) -> np.ndarray:
@@ -18,16 +38,15 @@ def int_array(name: str, values: Any, *, copy: bool = False) -> np.ndarray:
         copy: make sure that the result shares no memory with ``values``.
 
     Raises:
-        TypeError: no such sequence, or one of other things than integers.
+        TypeError: no such sequence, a ragged one, or one of other things than integers.
         ValueError: more than one dimension, or integers past int64.
     """
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().numpy()
-    elif not isinstance(values, (Sequence, np.ndarray)) or isinstance(values, (str, bytes)):
+    kinds = (Sequence, np.ndarray, torch.Tensor)
+    if not isinstance(values, kinds) or isinstance(values, (str, bytes)):
         raise TypeError(
             f"{name} must be a list, array or tensor of integers, got {type(values).__name__}"
         )
-    array = np.asarray(values)
+    array = host_array(name, values)
     if array.size == 0:
         array = array.astype(np.int64)
     if array.dtype == bool or not np.issubdtype(array.dtype, np.integer):

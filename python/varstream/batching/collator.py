@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from varstream._arrays import int_array
+from varstream._arrays import host_array, int_array
 from varstream._checks import check_int
 from varstream.ops.packing import INT32_MAX
 
 _KNOWN = ("input_ids", "labels", "attention_mask")
+_MADE = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class PackedCollator:
@@ -36,7 +37,7 @@ class PackedCollator:
     - ``position_ids`` (1, total) int64, starting again at each document;
     - ``cu_seq_lens_q``, ``cu_seq_lens_k`` (B + 1,) int32, where documents start;
     - ``max_length_q``, ``max_length_k`` int, the longest document, known without a device copy;
-    - (1, total) for each name in ``extra``.
+    - (1, total) for each name in ``extra``; float32 for lists of floats.
 
     Args:
         ignore_index: label that the loss leaves out.
@@ -59,6 +60,9 @@ class PackedCollator:
         for name, names in (("extra", extra), ("ignored", ignored)):
             if isinstance(names, str):
                 raise TypeError(f"{name} must be a sequence of names, got the string {names!r}")
+        for name in (*_KNOWN, *_MADE):
+            if name in extra:
+                raise ValueError(f"extra must not name what PackedCollator handles, got {name!r}")
         self.ignore_index = check_int("ignore_index", ignore_index)
         self.first_position = check_int("first_position", first_position, low=0)
         self.max_length = None if max_length is None else check_int("max_length", max_length, low=0)
@@ -69,10 +73,15 @@ class PackedCollator:
         """Collate ``examples``; see the class for what comes back.
 
         Raises:
-            TypeError: an example that is no mapping, or tokens that are no integers.
+            TypeError: examples that are no sequence, an example that is no mapping, tokens that
+                are no integers, a column that holds no numbers or has a dtype that NumPy lacks.
             ValueError: no examples, a column missing, unknown or of another length, a document
                 longer than ``max_length``; the message names the example.
         """
+        if not isinstance(examples, Sized) or isinstance(examples, Mapping):
+            raise TypeError(
+                f"examples must be a sequence of mappings, got {type(examples).__name__}"
+            )
         if len(examples) == 0:
             raise ValueError("examples must hold at least one example, got none")
         documents = [self._document(i, example) for i, example in enumerate(examples)]
@@ -88,7 +97,7 @@ class PackedCollator:
             )
 
         batch: dict[str, Any] = {
-            name: _row(document[name] for document in documents) for name in documents[0]
+            name: _row([document[name] for document in documents]) for name in documents[0]
         }
         first_tokens = starts[:-1][lengths > 0]
         batch["labels"][0, torch.from_numpy(first_tokens)] = self.ignore_index
@@ -123,9 +132,11 @@ class PackedCollator:
         for name in self.extra:
             if name not in example:
                 raise ValueError(f"example {index} must have {name}, got {sorted(example)}")
-            columns[name] = _host_array(example[name])
+            columns[name] = _extra_array(f"{name} of example {index}", example[name])
         mask = example.get("attention_mask")
-        kept = None if mask is None else _host_array(mask) != 0
+        kept = None
+        if mask is not None:
+            kept = host_array(f"attention_mask of example {index}", mask) != 0
         for name, column in (*columns.items(), ("attention_mask", kept)):
             if column is not None and column.shape[:1] != tokens.shape:
                 raise ValueError(
@@ -135,10 +146,19 @@ class PackedCollator:
         return columns if kept is None else {name: c[kept] for name, c in columns.items()}
 
 
-def _host_array(values: Any) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+def _extra_array(name: str, values: Any) -> np.ndarray:
+    """An array of ``values``; floats without a dtype of their own become float32, as in torch."""
+    array = host_array(name, values)
+    untyped = array.dtype == np.float64 and not hasattr(values, "dtype")
+    return array.astype(np.float32) if untyped else array
 
 
-def _row(columns: Any) -> Tensor:
-    """Per-document columns (length, ...) -> (1, total, ...)."""
-    return torch.from_numpy(np.concatenate(list(columns)))[None]
+def _row(columns: list[np.ndarray]) -> Tensor:
+    """Per-document columns (length, ...) -> (1, total, ...).
+
+    Empty documents have no say in dtype and shape, and integers none beside floats.
+    """
+    columns = [c for c in columns if len(c)] or columns[:1]
+    dtypes = [c.dtype for c in columns]
+    dtype = np.result_type(*([d for d in dtypes if d.kind == "f"] or dtypes))
+    return torch.from_numpy(np.concatenate(columns, dtype=dtype))[None]

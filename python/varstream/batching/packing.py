@@ -17,6 +17,7 @@ import numpy as np
 
 from varstream import _C
 from varstream._arrays import int_array
+from varstream.ops.packing import INT32_MAX
 
 UNLIMITED = 2**62
 
@@ -183,13 +184,16 @@ def _pack(
     max_depth: int | None,
 ) -> Packing:
     array = int_array("lengths", lengths, copy=True)
-    for name, value in (("capacity", capacity), ("max_depth", max_depth)):
+    for name, value, most, limit in (
+        ("capacity", capacity, INT32_MAX, "2**31 - 1 (cu_seqlens is int32)"),
+        ("max_depth", max_depth, UNLIMITED, "2**62"),
+    ):
         if name == "max_depth" and value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if not 1 <= value <= UNLIMITED:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 1 <= value <= most:
+            raise ValueError(f"{name} must be 1 to {limit}, got {value}")
     order, offsets = packer(
         array, int(capacity), UNLIMITED if max_depth is None else int(max_depth)
     )
