@@ -121,14 +121,8 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
     }
     for base in ("padded", "loop"):
         report[f"over_{base}"] = timing.ratio(seconds, "varstream", base)
-    report["bars"] = {
-        key: {
-            "bar": bar,
-            "reached": report[key]["median"],
-            "holds": report[key]["median"] <= bar,
-        }
-        for key, bar in case.bars
-    }
+    reached = {f"over_{base}": report[f"over_{base}"]["median"] for base in ("padded", "loop")}
+    report["bars"] = timing.against(case.bars, reached)
     return report
 
 
@@ -148,9 +142,9 @@ def main() -> None:
         times = ", ".join(f"{n} {t['median'] * 1e3:.1f} ms" for n, t in result["seconds"].items())
         print(f"{case.name} (fill {result['fill']:.0%}): {times}")
         for key in ("over_padded", "over_loop"):
-            bar = result["bars"].get(key)
-            note = f" against {bar['bar']} {'holds' if bar['holds'] else 'MISSED'}" if bar else ""
-            print(f"  {key}: {result[key]['median']:.3f}{note}")
+            if key not in result["bars"]:
+                print(f"  {key}: {result[key]['median']:.3f}")
+        timing.print_bars(result["bars"])
     report["environment"]["load_1_minute_after"] = timing.environment()["load_1_minute"]
     if not options.no_store:
         print(f"written: {timing.store('attention', report)}")

@@ -73,13 +73,8 @@ def main() -> None:
         "seconds": best["seconds"]["median"],
         "over_lower_bound": best["over_lower_bound"],
     }
-    report["bars"] = {
-        key: {"reached": reached[key], "bar": bar, "holds": reached[key] <= bar}
-        for key, bar in BARS.items()
-    }
-    for key, bar in report["bars"].items():
-        verdict = "holds" if bar["holds"] else "MISSED"
-        print(f"  {key}: {bar['reached']:.5f} against {bar['bar']} {verdict}")
+    report["bars"] = timing.against(BARS.items(), reached)
+    timing.print_bars(report["bars"])
     if not options.no_store:
         print(f"written: {timing.store('bin_packing', report)}")
 

@@ -92,13 +92,8 @@ def main() -> None:
         "memory_over_checkpointing": memory,
         "over_checkpointing": report["over_checkpointing"]["median"],
     }
-    report["bars"] = {
-        key: {"bar": bar, "reached": reached[key], "holds": reached[key] <= bar}
-        for key, bar in BARS.items()
-    }
-    for key, bar in report["bars"].items():
-        verdict = "holds" if bar["holds"] else "MISSED"
-        print(f"  {key}: {bar['reached']:.3f} against {bar['bar']} {verdict}")
+    report["bars"] = timing.against(BARS.items(), reached)
+    timing.print_bars(report["bars"])
     report["environment"]["load_1_minute_after"] = timing.environment()["load_1_minute"]
     if not options.no_store:
         print(f"written: {timing.store('streaming', report)}")

@@ -8,7 +8,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,25 @@ def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> dict[str,
     """Summary of the per-round ratios of two runs."""
     pairs = zip(seconds[name], seconds[base], strict=True)
     return summary([ours / theirs for ours, theirs in pairs])
+
+
+Bars = dict[str, dict[str, Any]]
+
+
+def against(bars: Iterable[tuple[str, float]], reached: Mapping[str, float]) -> Bars:
+    """Each bar beside the figure reached; figures that weren't measured are left out."""
+    return {
+        key: {"bar": bar, "reached": reached[key], "holds": reached[key] <= bar}
+        for key, bar in bars
+        if key in reached
+    }
+
+
+def print_bars(bars: Bars) -> None:
+    """One line a bar."""
+    for key, bar in bars.items():
+        verdict = "holds" if bar["holds"] else "MISSED"
+        print(f"  {key}: {bar['reached']:.5g} against {bar['bar']} {verdict}")
 
 
 def cpu_name() -> str:

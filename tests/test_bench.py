@@ -31,6 +31,21 @@ def test_ratio_is_within_a_round():
     )
 
 
+def test_bars_are_set_against_what_was_reached(capsys):
+    bars = timing.against(
+        [("time", 1.1), ("memory", 0.5), ("unmeasured", 1.0)], {"time": 1.1, "memory": 0.6}
+    )
+    assert bars == {
+        "time": {"bar": 1.1, "reached": 1.1, "holds": True},
+        "memory": {"bar": 0.5, "reached": 0.6, "holds": False},
+    }
+    timing.print_bars(bars)
+    assert (
+        capsys.readouterr().out
+        == "  time: 1.1 against 1.1 holds\n  memory: 0.6 against 0.5 MISSED\n"
+    )
+
+
 def test_readme_names_every_topic():
     topics = {p.stem for p in BENCH.glob("*.py") if "__main__" in p.read_text()}
     readme = (BENCH / "README.md").read_text()
