@@ -136,6 +136,8 @@ def check_cu_seqlens(
     Values are read where that costs no device synchronisation (CPU tensors outside compilation),
     or with ``validate``.
     """
+    if isinstance(value, Tensor) and value.dtype == torch.int64:
+        raise ValueError(f"{name} must have dtype int32, got int64; use {name}.to(torch.int32)")
     cu = check_tensor(name, value, ndim=1, dtypes=(torch.int32,), device=device, layout="(B+1,)")
     if cu.shape[0] < 1:
         raise ValueError(f"{name} must have at least one entry (B+1,), got shape {tuple(cu.shape)}")

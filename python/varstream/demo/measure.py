@@ -77,6 +77,8 @@ def measure_speed(
     with report.progress("speed", settings.rounds * len(runners)) as advance:
         for round_ in range(settings.rounds):
             if round_ and time.perf_counter() - began > settings.speed_seconds:
+                for _ in range((settings.rounds - round_) * len(runners)):
+                    advance(f"{round_} rounds, then the {settings.speed_seconds:g} s limit")
                 break
             for i in range(len(runners)):
                 runner = runners[(i + round_) % len(runners)]

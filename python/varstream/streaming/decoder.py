@@ -85,11 +85,15 @@ def check_supported(model: nn.Module) -> None:
     if kind not in MODEL_TYPES:
         raise UnsupportedModelError(
             f"{type(model).__name__} has model type {kind!r}; "
-            f"vs.stream understands {', '.join(MODEL_TYPES)}"
+            f"vs.stream understands {', '.join(MODEL_TYPES)}; "
+            "vs.stream_layer streams a layer of your own"
         )
     backbone, head = getattr(model, "model", None), getattr(model, "lm_head", None)
     if backbone is None or not hasattr(backbone, "layers"):
-        raise UnsupportedModelError(f"{type(model).__name__} has no decoder 'model.layers'")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no decoder 'model.layers'; "
+            "pass the causal language model that contains it"
+        )
     _check_stock("the model", model, kind)
     _check_stock("model", backbone, kind)
     _check_linear("lm_head", head)
