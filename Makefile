@@ -25,7 +25,7 @@ CXX_FILES := $(shell find csrc tests/cpp -type f \
 CLANG_FORMAT = $(or $(wildcard $(dir $(PYTHON))clang-format),clang-format)
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lint format gpu clean FORCE
+.PHONY: help env demo test lint format docs gpu clean FORCE
 
 help: ## List the tasks
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -63,6 +63,10 @@ format: $(INSTALLED) ## Format all sources
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 	$(CLANG_FORMAT) -i $(CXX_FILES)
+
+docs: $(INSTALLED) ## Build the documentation, build/docs/index.html
+	$(PYTHON) -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 gpu: ## On a machine with a GPU: build, check symbols, test, sanitize, measure into bench/results
 	@bash bench/gpu.sh "$(if $(filter command line environment,$(origin PYTHON)),$(PYTHON),python3)"
