@@ -11,13 +11,12 @@ import torch
 import typer
 from rich.console import Console
 
+from varstream.cli.errors import INTERRUPTED, UserError
 from varstream.demo.progress import Report
 from varstream.demo.settings import DemoError, Settings
 from varstream.demo.store import Store
 
 REQUIRED = ("transformers", "tokenizers", "matplotlib")
-INTERRUPTED = 130  # what shells use for SIGINT
-BAD_INPUT = 2
 
 app = typer.Typer(add_completion=False)
 
@@ -38,7 +37,9 @@ def demo(
         help="Memory budget of the largest document, MiB.",
         show_default=f"{Settings.budget}, on a GPU {Settings().on_gpu().budget}",
     ),
-    quick: bool = typer.Option(False, "--quick", help="Everything tiny, in seconds."),
+    quick: bool = typer.Option(
+        False, "--quick", help="Everything tiny, in seconds; too small to show the memory gain."
+    ),
 ) -> None:
     """Train a small model on real documents and compare memory, speed and gradients."""
     store = None
@@ -51,10 +52,7 @@ def demo(
 
         run(settings, store, Report())
     except DemoError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"varstream demo: {error}", highlight=False, markup=False
-        )
-        raise typer.Exit(BAD_INPUT) from None
+        raise UserError(str(error)) from None
     except KeyboardInterrupt:
         Console(soft_wrap=True).print(
             f"\nInterrupted. {_kept(store)}", highlight=False, markup=False

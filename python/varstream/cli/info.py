@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import pkgutil
 import platform
+from collections.abc import Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +23,44 @@ from varstream._load import NAMESPACE, composed_on_cuda
 
 # About this release, whatever machine it is on; goes when its measurements are published.
 GPU_STATUS = "CUDA kernels of this version: not yet measured on a GPU by the project."
+
+# Packages that varstream works with but doesn't depend on: import name, name on PyPI, what for.
+PACKAGES = (
+    (
+        "transformers",
+        "transformers",
+        "vs.stream, varstream verify and demo, planning from a config",
+    ),
+    ("tokenizers", "tokenizers", "varstream demo"),
+    ("matplotlib", "matplotlib", "figures of varstream demo and of the benchmarks"),
+    ("trl", "trl", "its trainers over a streamed model"),
+    ("liger_kernel", "liger-kernel", "a peer in the benchmarks; its signature works without it"),
+    ("peft", "peft", "nothing yet: vs.stream refuses LoRA adapters by name"),
+)
+# What a user calls: the place that must exist (module or module:name), packages it needs.
+FEATURES = (
+    ("vs.pack, vs.varlen_attention, vs.merge_attention", "varstream:varlen_attention", ()),
+    ("vs.linear_cross_entropy, vs.token_logprobs", "varstream:linear_cross_entropy", ()),
+    ("varstream.objectives", "varstream.objectives", ()),
+    ("vs.stream_layer", "varstream:stream_layer", ()),
+    ("vs.stream, varstream verify", "varstream:stream", ("transformers",)),
+    ("vs.plan_memory, varstream plan", "varstream:plan_memory", ()),
+    ("varstream.batching", "varstream.batching", ()),
+    ("varstream demo", "varstream.demo", ("transformers", "tokenizers", "matplotlib")),
+)
+INTEGRATIONS = "varstream.integrations"
+# The integrations that import what they integrate with; the others take any caller.
+NEEDED = {"transformers": ("transformers",), "trl": ("trl",), "peft": ("peft",)}
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def info(
+    json: bool = typer.Option(False, "--json", help="Print plain JSON instead of tables."),
+) -> None:
+    """Show versions, the build, devices and what works here."""
+    show(as_json=json)
 
 
 def collect() -> dict[str, Any]:
@@ -41,6 +86,8 @@ def collect() -> dict[str, Any]:
         },
         "devices": _devices(),
         "operators": _operators(),
+        "packages": _packages(),
+        "features": _features(),
     }
 
 
@@ -79,6 +126,57 @@ def _operators() -> dict[str, dict[str, str]]:
     return table
 
 
+def _packages() -> dict[str, dict[str, str | None]]:
+    """Version (None: missing) and use of each optional package; nothing is imported."""
+    table: dict[str, dict[str, str | None]] = {}
+    for module, name, use in PACKAGES:
+        found = find_spec(module) is not None
+        table[name] = {"version": _version(name) if found else None, "enables": use}
+    return table
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # importable, but installed by no package manager
+        return "unknown"
+
+
+def _features() -> dict[str, str]:
+    """What a user calls, and whether it works here."""
+    table = {name: _state(place, needs) for name, place, needs in FEATURES}
+    if _exists(INTEGRATIONS):
+        for name, summary in _integrations():
+            table[f"{INTEGRATIONS}.{name}: {summary}"] = _state("varstream", NEEDED.get(name, ()))
+    return table
+
+
+def _state(place: str, needs: Sequence[str]) -> str:
+    if not _exists(place):
+        return "not in this version"
+    missing = [name for name in needs if find_spec(name) is None]
+    return f"needs: pip install {' '.join(missing)}" if missing else "works"
+
+
+def _exists(place: str) -> bool:
+    module, _, name = place.partition(":")
+    return hasattr(varstream, name) if name else find_spec(module) is not None
+
+
+def _integrations() -> list[tuple[str, str]]:
+    """Name and first sentence of each public integration, read from its source, not imported."""
+    spec = find_spec(INTEGRATIONS)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    found = []
+    for module in pkgutil.iter_modules(folders):
+        if not module.name.startswith("_"):
+            path = Path(folders[0], module.name)
+            source = path / "__init__.py" if module.ispkg else path.with_suffix(".py")
+            words = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+            found.append((module.name, " ".join(words.split("\n\n")[0].split()).rstrip(".")))
+    return sorted(found)
+
+
 def _summary(cuda: dict[str, Any]) -> str:
     """What works here, in a sentence or two."""
     if not cuda["built"]:
@@ -101,6 +199,14 @@ def show(as_json: bool) -> None:
     if as_json:
         print(json.dumps(report, indent=2))
         return
+    console = Console()
+    for table in _tables(report):
+        console.print(table)
+    console.print("kernel: compiled for the GPU; ATen: composed from torch's own; -: none yet")
+    console.print(_summary(report["cuda"]), style="bold")
+
+
+def _tables(report: dict[str, Any]) -> list[Table]:
     cuda = report["cuda"]
     table = Table(title="varstream", show_header=False, title_justify="left")
     table.add_column(style="bold")
@@ -115,14 +221,23 @@ def show(as_json: bool) -> None:
     for device in report["devices"]:
         table.add_row("device", device)
 
-    operators = Table(title="operators: what serves each device", title_justify="left")
-    for column in ("operator", "CPU", "CUDA"):
-        operators.add_column(column)
+    packages = _table("optional packages", "package", "version", "enables")
+    for name, package in report["packages"].items():
+        version = package["version"] or f"missing: pip install {name}"
+        packages.add_row(name, version, package["enables"])
+
+    features = _table("what works here", "feature", "state")
+    for name, state in report["features"].items():
+        features.add_row(name, state)
+
+    operators = _table("operators: what serves each device", "operator", "CPU", "CUDA")
     for name, served in report["operators"].items():
         operators.add_row(name, served["CPU"], served["CUDA"])
+    return [table, packages, features, operators]
 
-    console = Console()
-    console.print(table)
-    console.print(operators)
-    console.print("kernel: compiled for the GPU; ATen: composed from torch's own; -: none yet")
-    console.print(_summary(cuda), style="bold")
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
