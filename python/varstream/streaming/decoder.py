@@ -18,7 +18,7 @@ from varstream.streaming.layer import Attend
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
-_ATTENTION = ("eager", "sdpa", "flash_attention", "flex_attention")
+_ATTENTION = ("eager", "sdpa", "flash_attention", "flex_attention", "varstream")
 
 
 class UnsupportedModelError(ValueError):
