@@ -1,0 +1,44 @@
+#include "emu/launch.h"
+
+#include <algorithm>
+#include <numeric>
+#include <stdexcept>
+#include <vector>
+
+namespace varstream {
+
+Index3 thread_index() {
+  return emu::thread().index;
+}
+Index3 block_index() {
+  return emu::block().index();
+}
+Index3 block_shape() {
+  return emu::block().shape();
+}
+Index3 grid_shape() {
+  return emu::block().grid();
+}
+
+namespace emu {
+
+void launch(Index3 grid, Index3 shape, size_t shared_bytes, Schedule schedule,
+            const std::function<void()>& body) {
+  if (uint64_t{shape.x} * shape.y * shape.z > 1024 || grid.y > 65535 || grid.z > 65535) {
+    throw std::invalid_argument("emulated launch: a shape the device refuses");
+  }
+  std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0);
+  if (schedule.order == Order::kRandom) {
+    std::shuffle(order.begin(), order.end(), std::mt19937_64(schedule.seed));
+  }
+  static thread_local Block block;  // keeps the fibers' stacks
+  for (uint64_t i : order) {
+    const Index3 index{uint32_t(i % grid.x), uint32_t(i / grid.x % grid.y),
+                       uint32_t(i / grid.x / grid.y)};
+    block.run(grid, shape, index, shared_bytes, schedule, body);
+  }
+}
+
+}  // namespace emu
+}  // namespace varstream
