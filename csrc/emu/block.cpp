@@ -163,21 +163,23 @@ void Block::barrier(int id, int count, bool wait_here) {
 
 void Block::collective(const char* name, uint32_t mask, void* operand, Compute compute) {
   Thread& self = *current_;
-  Collective& c = collectives_[self.warp];
   const uint32_t bit = uint32_t{1} << self.lane;
   if ((mask & bit) == 0) {
     throw std::logic_error(describe(self) + ": " + name + " with a mask that leaves the lane out");
   }
-  if (c.arrived == 0) c.name = name, c.mask = mask, c.compute = compute;
-  if (c.compute != compute || c.mask != mask) {
-    throw std::logic_error(describe(self) + ": " + name + " meets " + c.name +
+  auto& under_way = collectives_[self.warp];
+  auto c = std::find_if(under_way.begin(), under_way.end(),
+                        [&](const Collective& other) { return (other.mask & mask) != 0; });
+  if (c == under_way.end()) c = under_way.insert(c, {name, mask, 0, compute, {}});
+  if (c->compute != compute || c->mask != mask) {
+    throw std::logic_error(describe(self) + ": " + name + " meets " + c->name +
                            " of other lanes of its warp");
   }
-  c.arrived |= bit;
-  c.operands[self.lane] = operand;
-  if (c.arrived != mask) return wait(std::string(name) + " of its warp");
-  Collective done = c;
-  c = {};
+  c->arrived |= bit;
+  c->operands[self.lane] = operand;
+  if (c->arrived != mask) return wait(std::string(name) + " of its warp");
+  const Collective done = *c;
+  under_way.erase(c);
   const size_t begin = size_t(self.warp) * kWarpLanes;
   for (int lane = 0; lane < kWarpLanes; ++lane) {
     if (mask >> lane & 1) threads_[begin + lane]->waits_for.clear();

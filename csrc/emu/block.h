@@ -104,7 +104,7 @@ class Block {
   Thread* current_ = nullptr;
   const std::function<void()>* kernel_ = nullptr;
   Barrier barriers_[kNamedBarriers];
-  std::vector<Collective> collectives_;  // one of each warp
+  std::vector<std::vector<Collective>> collectives_;  // under way, by warp; masks are disjoint
   std::exception_ptr error_;
 };
 

@@ -8,6 +8,8 @@
 
 namespace varstream::emu {
 
+[[noreturn]] void throw_absent_source(int lane, int source);
+
 template <typename T>
 struct ShuffleOperand {
   T value;
@@ -33,6 +35,5 @@ T shuffle(T value, const char* name, uint32_t mask, Source source) {
 
 uint32_t ballot(bool predicate, uint32_t mask);
 void sync_warp(uint32_t mask);
-[[noreturn]] void throw_absent_source(int lane, int source);
 
 }  // namespace varstream::emu

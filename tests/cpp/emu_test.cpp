@@ -1,0 +1,238 @@
+// The emulator itself: collectives, barriers, copies and matrix instructions against plain loops; a
+// small tiled product; and five classic bugs planted into it, each of which must be caught.
+//
+// Built by tests/test_emulator.py under sanitizers. Usage: emu_test <warp-greedy|round-robin|SEED>
+// [BUG]; with a bug the exit status is 0 only if the emulator caught it.
+#include <cuda_bf16.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "emu/launch.h"
+#include "ptx/barrier.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/ldmatrix.cuh"
+#include "ptx/math.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/warp.cuh"
+
+namespace vs = varstream;
+namespace emu = varstream::emu;
+namespace ptx = varstream::ptx;
+
+enum Bug { kNone, kNoBarrier, kNoWait, kWrongOffset, kShortShared, kSkippedBarrier };
+
+int failures = 0;
+void expect(bool holds, const char* what) {
+  if (!holds) std::printf("failed: %s\n", what), ++failures;
+}
+
+// --- a product C (M, 64) = A (M, 64) B (64, 64)^T, 64 rows a block of 4 warps, K in two stages ----
+
+constexpr int kTile = 64, kStage = 32, kRow = kStage + 8;  // 8 more: rows on different banks
+
+struct ProductParams {
+  const __nv_bfloat16* a;  // (rows, 64)
+  const __nv_bfloat16* b;  // (64, 64)
+  float* c;                // (rows, 64)
+  int rows;
+  Bug bug;
+};
+
+constexpr size_t kSharedBytes = size_t{2} * 2 * kTile * kRow * sizeof(__nv_bfloat16);
+
+void product(const ProductParams& p) {
+  constexpr size_t kBytes = size_t{2} * kTile * kRow * sizeof(__nv_bfloat16);
+  auto& shared = emu::block().shared();
+  auto* a = reinterpret_cast<__nv_bfloat16*>(shared.at(0, kBytes));  // [stage][row][kRow]
+  const size_t b_bytes = p.bug == kShortShared ? kBytes - 128 : kBytes;
+  auto* b = reinterpret_cast<__nv_bfloat16*>(shared.at(kBytes, b_bytes));
+  const int tid = int(vs::thread_index().x), warp = tid / 32, lane = tid % 32;
+  const int row0 = int(vs::block_index().x) * kTile;
+  for (int stage = 0; stage < 2; ++stage) {
+    for (int i = tid; i < kTile * kStage / 8; i += 128) {
+      const int row = i / (kStage / 8), col = i % (kStage / 8) * 8;
+      const int to = (stage * kTile + row) * kRow + col, from = stage * kStage + col;
+      const bool valid = row0 + row < p.rows;
+      ptx::cp_async_16(a + to, p.a + int64_t{valid ? row0 + row : 0} * 64 + from, valid);
+      ptx::cp_async_16(b + to, p.b + row * 64 + from, true);
+    }
+    ptx::cp_async_commit();
+  }
+  float d[8][4] = {};
+  for (int stage = 0; stage < 2; ++stage) {
+    if (p.bug != kNoWait) {
+      stage == 0 ? ptx::cp_async_wait<1>() : ptx::cp_async_wait<0>();
+    }
+    const bool skip = p.bug == kNoBarrier || (p.bug == kSkippedBarrier && warp == 2 && stage == 1);
+    if (!skip) ptx::sync_block();
+    for (int k = 0; k < kStage; k += 16) {
+      uint32_t af[4];
+      const int wrong = p.bug == kWrongOffset ? 8 : 0;
+      const int a_row = stage * kTile + warp * 16 + lane % 16;
+      ptx::ldmatrix_x4(af, a + a_row * kRow + (k + lane / 16 * 8 + wrong) % kStage);
+      for (int n = 0; n < 8; n += 2) {
+        uint32_t bf[4];
+        const int b_row = stage * kTile + n * 8 + lane % 8 + lane / 16 * 8;
+        ptx::ldmatrix_x4(bf, b + b_row * kRow + k + lane / 8 % 2 * 8);
+        ptx::mma_m16n8k16<__nv_bfloat16>(d[n], af, {bf[0], bf[1]});
+        ptx::mma_m16n8k16<__nv_bfloat16>(d[n + 1], af, {bf[2], bf[3]});
+      }
+    }
+  }
+  if (p.bug == kNoWait) ptx::cp_async_wait<0>();
+  for (int n = 0; n < 8; ++n) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = row0 + warp * 16 + lane / 4 + 8 * (i / 2);
+      if (row < p.rows) p.c[row * 64 + n * 8 + 2 * (lane % 4) + i % 2] = d[n][i];
+    }
+  }
+}
+
+// Largest error of the emulated product; NaN counts as infinite.
+double product_error(emu::Schedule schedule, int rows, Bug bug) {
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  std::vector<__nv_bfloat16> a(rows * 64), b(64 * 64);
+  for (auto& x : a) x = __float2bfloat16(normal(random));
+  for (auto& x : b) x = __float2bfloat16(normal(random));
+  std::vector<float> c(rows * 64, NAN);
+  const ProductParams p{a.data(), b.data(), c.data(), rows, bug};
+  const uint32_t blocks = (rows + kTile - 1) / kTile;
+  emu::launch({blocks, 1, 1}, {128, 1, 1}, kSharedBytes, schedule, [&] { product(p); });
+  double worst = 0;
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < 64; ++j) {
+      double want = 0;
+      for (int k = 0; k < 64; ++k) {
+        want += double(__bfloat162float(a[i * 64 + k])) * __bfloat162float(b[j * 64 + k]);
+      }
+      const double error = std::abs(c[i * 64 + j] - want);
+      worst = std::isnan(error) ? INFINITY : std::max(worst, error);
+    }
+  }
+  return worst;
+}
+
+// --- one instruction at a time --------------------------------------------------------------------
+
+void check_collectives(emu::Schedule schedule) {
+  std::vector<int> wrong(96, 0);
+  emu::launch({1, 1, 1}, {96, 1, 1}, 0, schedule, [&] {
+    const int tid = int(vs::thread_index().x), lane = tid % 32;
+    float sum = float(tid);
+    for (int step = 16; step > 0; step /= 2) sum += ptx::shuffle_xor(sum, step);
+    const float want = 32 * (tid / 32 * 32) + 496;
+    const bool odd_half = lane >= 16;
+    const uint32_t half = odd_half ? 0xFFFF0000u : 0x0000FFFFu;
+    const int first = ptx::shuffle(tid, odd_half ? 16 : 0, half);  // halves may diverge
+    wrong[tid] = sum != want || first != tid / 16 * 16 ||
+                 ptx::ballot(lane % 3 == 0) != 0x49249249u ||
+                 ptx::shuffle_down(lane, 5) != (lane + 5 < 32 ? lane + 5 : lane) ||
+                 !ptx::any(lane == 31) || ptx::all(lane != 31);
+    ptx::sync_warp();
+  });
+  for (int w : wrong) expect(w == 0, "collectives");
+}
+
+void check_named_barriers(emu::Schedule schedule) {
+  // Warp 0 produces, warp 1 consumes, through barrier 1; warp 2 isn't part of it.
+  std::vector<int> box(8, -1), seen(8, -1);
+  emu::launch({1, 1, 1}, {96, 1, 1}, 0, schedule, [&] {
+    const int tid = int(vs::thread_index().x);
+    for (int round = 0; round < 8 && tid < 64; ++round) {
+      if (tid < 32) {
+        if (tid == 0) box[round] = round * round;
+        ptx::barrier_arrive(1, 64);
+      } else {
+        ptx::barrier_sync(1, 64);
+        if (tid == 32) seen[round] = box[round];
+      }
+      ptx::barrier_sync(2, 64);
+    }
+  });
+  for (int i = 0; i < 8; ++i) expect(seen[i] == i * i, "named barriers");
+}
+
+void check_poison(emu::Schedule schedule) {
+  // Unwritten shared memory is NaN; so is what an asynchronous copy has not delivered yet.
+  alignas(16) float source[4] = {1, 2, 3, 4};
+  bool fresh = false, early = false, late = false;
+  emu::launch({1, 1, 1}, {1, 1, 1}, 16, schedule, [&] {
+    auto* x = reinterpret_cast<float*>(emu::block().shared().at(0, 16));
+    fresh = std::isnan(x[3]);
+    x[0] = 5;
+    ptx::cp_async_16(x, source, true);
+    ptx::cp_async_commit();
+    early = std::isnan(x[0]);
+    ptx::cp_async_wait<0>();
+    late = x[0] == 1 && x[3] == 4;
+  });
+  expect(fresh && early && late, "poisoned shared memory");
+}
+
+std::string message_of(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const std::exception& error) {
+    return error.what();
+  }
+  return "";
+}
+
+void check_errors(emu::Schedule schedule) {
+  auto run = [&](uint32_t threads, const std::function<void()>& body) {
+    return message_of([&] { emu::launch({1, 1, 1}, {threads, 1, 1}, 64, schedule, body); });
+  };
+  auto tid = [] { return int(vs::thread_index().x); };
+  auto has = [](const std::string& text, const char* part) {
+    return text.find(part) != std::string::npos;
+  };
+  std::string text = run(64, [&] { if (tid() < 32) ptx::sync_block(); });
+  expect(has(text, "deadlock") && has(text, "warp 0") && has(text, "barrier 0"), text.c_str());
+  text = run(32, [&] { tid() == 3 ? ptx::sync_warp() : void(ptx::ballot(true)); });
+  expect(has(text, "meets"), "divergent collectives");
+  text = run(32, [&] { ptx::shuffle(1, 20, tid() < 16 ? 0xFFFFu : 0xFFFF0000u); });
+  expect(has(text, "takes no part"), "shuffle from an absent lane");
+  text = run(32, [&] { ptx::barrier_sync(16, 32); });
+  expect(has(text, "not one the device has"), "barrier 16");
+  text = run(1, [&] { emu::block().shared().at(0, 65); });
+  expect(has(text, "ends at byte 65 of 64"), "too much shared memory");
+  alignas(16) static float source[8];
+  text = run(1, [&] { ptx::cp_async_16(emu::block().shared().at(0, 64), source, true); });
+  expect(has(text, "never waited"), "a copy nobody waits for");
+  text = run(1, [&] { ptx::cp_async_16(emu::block().shared().at(0, 64), source + 1, true); });
+  expect(has(text, "not aligned"), "an unaligned copy");
+}
+
+int main(int count, char** arguments) {
+  const std::string name = count > 1 ? arguments[1] : "warp-greedy";
+  emu::Schedule schedule;
+  if (name == "round-robin") {
+    schedule.order = emu::Order::kRoundRobin;
+  } else if (name != "warp-greedy") {
+    schedule = {emu::Order::kRandom, std::strtoull(name.c_str(), nullptr, 10)};
+  }
+  if (count > 2) {
+    double error = INFINITY;
+    const std::string text = message_of(
+        [&] { error = product_error(schedule, 150, Bug(std::atoi(arguments[2]))); });
+    std::printf("error %.2e %s\n", error, text.c_str());
+    return error > 1e-3 ? 0 : 1;
+  }
+  check_collectives(schedule);
+  check_named_barriers(schedule);
+  check_poison(schedule);
+  check_errors(schedule);
+  for (int rows : {1, 63, 64, 65, 150}) {
+    expect(product_error(schedule, rows, kNone) < 1e-4, "product");
+  }
+  std::printf("%d failures\n", failures);
+  return failures != 0;
+}
