@@ -169,9 +169,9 @@ void Block::collective(const char* name, uint32_t mask, void* operand, Compute c
   }
   auto& under_way = collectives_[self.warp];
   auto c = std::find_if(under_way.begin(), under_way.end(),
-                        [&](const Collective& other) { return (other.mask & mask) != 0; });
+                        [&](const Collective& other) { return other.mask == mask; });
   if (c == under_way.end()) c = under_way.insert(c, {name, mask, 0, compute, {}});
-  if (c->compute != compute || c->mask != mask) {
+  if (c->compute != compute) {
     throw std::logic_error(describe(self) + ": " + name + " meets " + c->name +
                            " of other lanes of its warp");
   }

@@ -104,7 +104,7 @@ class Block {
   Thread* current_ = nullptr;
   const std::function<void()>* kernel_ = nullptr;
   Barrier barriers_[kNamedBarriers];
-  std::vector<std::vector<Collective>> collectives_;  // under way, by warp; masks are disjoint
+  std::vector<std::vector<Collective>> collectives_;  // under way, by warp
   std::exception_ptr error_;
 };
 
