@@ -12,6 +12,7 @@
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define VARSTREAM_ASAN 1
 #else
@@ -199,6 +200,10 @@ void Fiber::start(Entry entry, void* argument) {
     stack_ = static_cast<uint8_t*>(memory);
     mprotect(stack_, page_bytes(), PROT_NONE);  // an overflow faults instead of corrupting
   }
+#if VARSTREAM_ASAN
+  // Frames of a fiber that was abandoned after an error left their marks.
+  __asan_unpoison_memory_region(stack_ + page_bytes(), kFiberStackBytes);
+#endif
   entry_ = entry;
   argument_ = argument;
   finished_ = false;
