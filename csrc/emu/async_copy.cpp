@@ -15,8 +15,8 @@ void copy_async(void* shared, const void* global, int bytes, int valid_bytes) {
   }
   SharedMemory::poison(shared, bytes);
   ++instruction_counts()["cp.async"];
-  thread().open_group.push_back({static_cast<uint8_t*>(shared),
-                                 static_cast<const uint8_t*>(global), bytes, valid_bytes});
+  thread().open_group.push_back(
+      {static_cast<uint8_t*>(shared), static_cast<const uint8_t*>(global), bytes, valid_bytes});
 }
 
 void copy_async_commit() {

@@ -30,7 +30,11 @@ std::string describe(const Thread& thread) {
          ") warp " + std::to_string(thread.warp) + " lane " + std::to_string(thread.lane);
 }
 
-void Block::run(Index3 grid, Index3 shape, Index3 index, size_t shared_bytes, Schedule schedule,
+void Block::run(Index3 grid,
+                Index3 shape,
+                Index3 index,
+                size_t shared_bytes,
+                Schedule schedule,
                 const std::function<void()>& kernel) {
   grid_ = grid, shape_ = shape, index_ = index, kernel_ = &kernel, schedule_ = schedule;
   const uint64_t number = index.x + uint64_t{grid.x} * (index.y + uint64_t{grid.y} * index.z);
@@ -45,8 +49,8 @@ void Block::run(Index3 grid, Index3 shape, Index3 index, size_t shared_bytes, Sc
   for (size_t i = 0; i < live_; ++i) {
     Thread& t = *threads_[i];
     t.block = this;
-    t.index = {uint32_t(i % shape.x), uint32_t(i / shape.x % shape.y),
-               uint32_t(i / shape.x / shape.y)};
+    t.index = {
+        uint32_t(i % shape.x), uint32_t(i / shape.x % shape.y), uint32_t(i / shape.x / shape.y)};
     t.warp = int(i / kWarpLanes), t.lane = int(i % kWarpLanes);
     t.waits_for.clear();
     t.groups.clear(), t.open_group.clear();
@@ -168,8 +172,9 @@ void Block::collective(const char* name, uint32_t mask, void* operand, Compute c
     throw std::logic_error(describe(self) + ": " + name + " with a mask that leaves the lane out");
   }
   auto& under_way = collectives_[self.warp];
-  auto c = std::find_if(under_way.begin(), under_way.end(),
-                        [&](const Collective& other) { return other.mask == mask; });
+  auto c = std::find_if(under_way.begin(), under_way.end(), [&](const Collective& other) {
+    return other.mask == mask;
+  });
   if (c == under_way.end()) c = under_way.insert(c, {name, mask, 0, compute, {}});
   if (c->compute != compute) {
     throw std::logic_error(describe(self) + ": " + name + " meets " + c->name +

@@ -46,7 +46,7 @@ struct Thread {
   Index3 index{};
   int warp = 0;
   int lane = 0;
-  std::string waits_for;  // empty: runnable
+  std::string waits_for;                         // empty: runnable
   std::vector<std::vector<PendingCopy>> groups;  // oldest first
   std::vector<PendingCopy> open_group;
 
@@ -56,7 +56,11 @@ struct Thread {
 class Block {
  public:
   // Runs kernel once for each thread of the block; throws what a thread threw, or a deadlock.
-  void run(Index3 grid, Index3 shape, Index3 block, size_t shared_bytes, Schedule schedule,
+  void run(Index3 grid,
+           Index3 shape,
+           Index3 block,
+           size_t shared_bytes,
+           Schedule schedule,
            const std::function<void()>& kernel);
 
   // --- called from threads ---

@@ -110,7 +110,6 @@ varstream_emu_trampoline:
 
 #endif
 
-
 namespace {
 
 #if defined(__x86_64__) || defined(__aarch64__)
@@ -140,8 +139,8 @@ void* first_frame(uint8_t* top, void (*enter)(Fiber*), Fiber* self) {
 #else
   words -= 20;
   for (int i = 0; i < 20; ++i) words[i] = 0;
-  words[0] = reinterpret_cast<uint64_t>(self);                       // x19
-  words[1] = reinterpret_cast<uint64_t>(enter);                      // x20
+  words[0] = reinterpret_cast<uint64_t>(self);                        // x19
+  words[1] = reinterpret_cast<uint64_t>(enter);                       // x20
   words[11] = reinterpret_cast<uint64_t>(&varstream_emu_trampoline);  // x30
 #endif
   return words;
@@ -173,8 +172,13 @@ void* first_frame(uint8_t* top, void (*enter)(Fiber*), Fiber* self) {
   saved->context.uc_stack.ss_size = kFiberStackBytes - kFrameBytes;
   saved->context.uc_link = nullptr;
   const auto s = reinterpret_cast<uint64_t>(self), e = reinterpret_cast<uint64_t>(enter);
-  makecontext(&saved->context, reinterpret_cast<void (*)()>(portable_enter), 4,
-              unsigned(s >> 32), unsigned(s), unsigned(e >> 32), unsigned(e));
+  makecontext(&saved->context,
+              reinterpret_cast<void (*)()>(portable_enter),
+              4,
+              unsigned(s >> 32),
+              unsigned(s),
+              unsigned(e >> 32),
+              unsigned(e));
   return saved;
 }
 
@@ -194,8 +198,8 @@ Fiber::~Fiber() {
 void Fiber::start(Entry entry, void* argument) {
   if (stack_ == nullptr) {
     const size_t bytes = kFiberStackBytes + page_bytes();
-    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory = mmap(
+        nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     stack_ = static_cast<uint8_t*>(memory);
     mprotect(stack_, page_bytes(), PROT_NONE);  // an overflow faults instead of corrupting

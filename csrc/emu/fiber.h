@@ -35,10 +35,10 @@ class Fiber {
  private:
   static void enter(Fiber* self);
 
-  uint8_t* stack_ = nullptr;      // mapped, with an inaccessible page below
-  void* own_ = nullptr;           // saved stack pointer of the fiber
-  void* scheduler_ = nullptr;     // saved stack pointer of whoever resumed it
-  void* own_fake_ = nullptr;      // AddressSanitizer's handle of the stack
+  uint8_t* stack_ = nullptr;   // mapped, with an inaccessible page below
+  void* own_ = nullptr;        // saved stack pointer of the fiber
+  void* scheduler_ = nullptr;  // saved stack pointer of whoever resumed it
+  void* own_fake_ = nullptr;   // AddressSanitizer's handle of the stack
   const void* scheduler_bottom_ = nullptr;
   size_t scheduler_bytes_ = 0;
   Entry entry_ = nullptr;

@@ -22,7 +22,10 @@ Index3 grid_shape() {
 
 namespace emu {
 
-void launch(Index3 grid, Index3 shape, size_t shared_bytes, Schedule schedule,
+void launch(Index3 grid,
+            Index3 shape,
+            size_t shared_bytes,
+            Schedule schedule,
             const std::function<void()>& body) {
   if (uint64_t{shape.x} * shape.y * shape.z > 1024 || grid.y > 65535 || grid.z > 65535) {
     throw std::invalid_argument("emulated launch: a shape the device refuses");
@@ -34,8 +37,8 @@ void launch(Index3 grid, Index3 shape, size_t shared_bytes, Schedule schedule,
   }
   static thread_local Block block;  // keeps the fibers' stacks
   for (uint64_t i : order) {
-    const Index3 index{uint32_t(i % grid.x), uint32_t(i / grid.x % grid.y),
-                       uint32_t(i / grid.x / grid.y)};
+    const Index3 index{
+        uint32_t(i % grid.x), uint32_t(i / grid.x % grid.y), uint32_t(i / grid.x / grid.y)};
     block.run(grid, shape, index, shared_bytes, schedule, body);
   }
 }

@@ -7,9 +7,13 @@
 
 namespace varstream::emu {
 
-// Runs body (a kernel bound to its parameters) for every thread of every block; blocks run one after
-// another, in a random order under a random schedule. Throws what a thread threw, or a deadlock.
-void launch(Index3 grid, Index3 shape, size_t shared_bytes, Schedule schedule,
+// Runs body (a kernel bound to its parameters) for every thread of every block; blocks run one
+// after another, in a random order under a random schedule. Throws what a thread threw, or a
+// deadlock.
+void launch(Index3 grid,
+            Index3 shape,
+            size_t shared_bytes,
+            Schedule schedule,
             const std::function<void()>& body);
 
 }  // namespace varstream::emu

@@ -44,8 +44,7 @@ uint8_t* SharedMemory::at(size_t offset, size_t bytes) {
   if (arrays_.size() == kMaxArrays) throw std::length_error("too many shared arrays");
   const size_t end = arrays_.empty() ? 0 : arrays_.back().place + arrays_.back().bytes;
   const auto base = reinterpret_cast<uintptr_t>(memory_.data());
-  const size_t place =
-      (base + end + kGapBytes + kAlignment - 1) / kAlignment * kAlignment - base;
+  const size_t place = (base + end + kGapBytes + kAlignment - 1) / kAlignment * kAlignment - base;
   arrays_.push_back({offset, bytes, place});
   VARSTREAM_UNPOISON(memory_.data() + place, bytes);
   std::memset(memory_.data() + place, kUnwritten, bytes);

@@ -1,6 +1,6 @@
 // Host emulation. A block's shared memory: filled with 0xFF before each block, so that whatever is
-// read before it is written is a NaN or a wild index; its arrays stand apart, between guard gaps that
-// AddressSanitizer watches and that are checked at the end without it.
+// read before it is written is a NaN or a wild index; its arrays stand apart, between guard gaps
+// that AddressSanitizer watches and that are checked at the end without it.
 #pragma once
 
 #include <cstddef>

@@ -12,7 +12,8 @@ uint32_t ballot(bool predicate, uint32_t mask) {
   block().collective("ballot", mask, &own, [](void* const* operands, uint32_t lanes) {
     uint32_t bits = 0;
     for (int lane = 0; lane < kWarpLanes; ++lane) {
-      if (lanes >> lane & 1) bits |= uint32_t{static_cast<Operand*>(operands[lane])->predicate} << lane;
+      if (lanes >> lane & 1)
+        bits |= uint32_t{static_cast<Operand*>(operands[lane])->predicate} << lane;
     }
     for (int lane = 0; lane < kWarpLanes; ++lane) {
       if (lanes >> lane & 1) static_cast<Operand*>(operands[lane])->result = bits;

@@ -11,16 +11,16 @@
 
 namespace varstream::ptx {
 
-// Copies 16 bytes past L1, both addresses 16-byte aligned; where !valid writes zeros, reads nothing.
+// Copies 16 bytes past L1, both addresses 16-byte aligned; where !valid writes zeros, reads
+// nothing.
 VARSTREAM_DEVICE void cp_async_16(void* shared, const void* global, bool valid) {
 #if defined(VARSTREAM_EMULATED)
   emu::copy_async(shared, global, 16, valid ? 16 : 0);
 #else
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to),
-               "l"(global),
-               "r"(valid ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid ? 16 : 0)
+      : "memory");
 #endif
 }
 

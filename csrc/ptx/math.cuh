@@ -52,12 +52,9 @@ VARSTREAM_DEVICE void add_atomic(float* at, float value) {
 // Four neighbours at once, 16-byte aligned: one instruction on sm_90, four before.
 VARSTREAM_DEVICE void add_atomic_4(float* at, float a, float b, float c, float d) {
 #if !defined(VARSTREAM_EMULATED) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at),
-               "f"(a),
-               "f"(b),
-               "f"(c),
-               "f"(d)
-               : "memory");
+  asm volatile(
+      "red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(at), "f"(a), "f"(b), "f"(c), "f"(d)
+      : "memory");
 #else
   add_atomic(at, a);
   add_atomic(at + 1, b);

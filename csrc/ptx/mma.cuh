@@ -1,6 +1,7 @@
 // Ring 1. mma.sync m16n8k16: d (16, 8) fp32 += a (16, 16) b (16, 8), a row major, b column major.
 //
-// With g = lane / 4 and t = lane % 4, two 16-bit values to a register, lower column (row for b) low:
+// With g = lane / 4 and t = lane % 4, two 16-bit values to a register, lower column (row for b)
+// low:
 //   a[0] (g, 2t)  a[1] (g + 8, 2t)  a[2] (g, 2t + 8)  a[3] (g + 8, 2t + 8)
 //   b[0] (2t, g)  b[1] (2t + 8, g)
 //   d[0], d[1] (g, 2t), (g, 2t + 1)  d[2], d[3] the same of row g + 8

@@ -27,8 +27,9 @@ VARSTREAM_DEVICE T shuffle_xor(T value, int distance, uint32_t mask = kFullWarp)
 template <typename T>
 VARSTREAM_DEVICE T shuffle_down(T value, int distance, uint32_t mask = kFullWarp) {
 #if defined(VARSTREAM_EMULATED)
-  return emu::shuffle(value, "shuffle_down", mask,
-                      [=](int lane) { return lane + distance < kWarpLanes ? lane + distance : lane; });
+  return emu::shuffle(value, "shuffle_down", mask, [=](int lane) {
+    return lane + distance < kWarpLanes ? lane + distance : lane;
+  });
 #else
   return __shfl_down_sync(mask, value, distance);
 #endif

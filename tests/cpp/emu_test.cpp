@@ -33,7 +33,8 @@ void expect(bool holds, const char* what) {
   if (!holds) std::printf("failed: %s\n", what), ++failures;
 }
 
-// --- a product C (M, 64) = A (M, 64) B (64, 64)^T, 64 rows a block of 4 warps, K in two stages ----
+// --- a product C (M, 64) = A (M, 64) B (64, 64)^T, 64 rows a block of 4 warps, K in two stages
+// ----
 
 constexpr int kTile = 64, kStage = 32, kRow = kStage + 8;  // 8 more: rows on different banks
 
@@ -120,7 +121,8 @@ double product_error(emu::Schedule schedule, int rows, Bug bug) {
   return worst;
 }
 
-// --- one instruction at a time --------------------------------------------------------------------
+// --- one instruction at a time
+// --------------------------------------------------------------------
 
 void check_collectives(emu::Schedule schedule) {
   std::vector<int> wrong(96, 0);
@@ -194,7 +196,9 @@ void check_errors(emu::Schedule schedule) {
   auto has = [](const std::string& text, const char* part) {
     return text.find(part) != std::string::npos;
   };
-  std::string text = run(64, [&] { if (tid() < 32) ptx::sync_block(); });
+  std::string text = run(64, [&] {
+    if (tid() < 32) ptx::sync_block();
+  });
   expect(has(text, "deadlock") && has(text, "warp 0") && has(text, "barrier 0"), text.c_str());
   text = run(32, [&] { tid() == 3 ? ptx::sync_warp() : void(ptx::ballot(true)); });
   expect(has(text, "meets"), "divergent collectives");
@@ -221,8 +225,8 @@ int main(int count, char** arguments) {
   }
   if (count > 2) {
     double error = INFINITY;
-    const std::string text = message_of(
-        [&] { error = product_error(schedule, 150, Bug(std::atoi(arguments[2]))); });
+    const std::string text =
+        message_of([&] { error = product_error(schedule, 150, Bug(std::atoi(arguments[2]))); });
     std::printf("error %.2e %s\n", error, text.c_str());
     return error > 1e-3 ? 0 : 1;
   }
