@@ -21,7 +21,7 @@ from varstream.cli import errors
 class _Commands(TyperGroup):
     """The group of commands; its usage errors are one line like everyone's."""
 
-    def main(self, args: Sequence[str] | None = None, **_: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> Any:
         given = sys.argv[1:] if args is None else args
         sys.exit(errors.run(super().main, given or ["--help"], "varstream"))
 

@@ -20,7 +20,7 @@ PASSED_ON = {
 }
 
 # typer carries a click of its own or uses the installed one, by version; this finds either's base.
-_UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 class UserError(Exception):

@@ -77,13 +77,17 @@ def load_corpus(settings: Settings) -> Corpus:
     else:
         source = settings.data.name or "the given folder"
         if not settings.data.exists():
-            raise DemoError(f"--data {settings.data} doesn't exist")
+            raise DemoError(
+                f"--data {settings.data} doesn't exist; give a text file or a folder of them"
+            )
         paths = [settings.data] if settings.data.is_file() else list(_files(settings.data, set()))
     random.Random(settings.seed).shuffle(paths)
     texts = _read(paths, settings)
     if not texts:
+        looked = f"{len(paths)} file{'' if len(paths) == 1 else 's'} looked at"
         raise DemoError(
-            f"no readable UTF-8 text in {settings.data or source} ({len(paths)} files looked at)"
+            f"no readable UTF-8 text in {settings.data or source} ({looked}); "
+            "give --data a text file or a folder of them"
         )
     return _tokenize(source, texts, settings)
 

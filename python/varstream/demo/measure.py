@@ -59,7 +59,7 @@ def first_runs(
             difference = worst_gradient(_gradients(runner.model), reference)[1]
             runner.release()
             runs[runner.method.key] = FirstRun(peak, difference)
-            advance(f"{runner.method.name}: {peak / MIB:,.0f} MiB, {difference:.1e}")
+            advance(f"{peak / MIB:,.0f} MiB, {difference:.1e}: {runner.method.name}")
     return runs
 
 
@@ -84,7 +84,7 @@ def measure_speed(
                 runner = runners[(i + round_) % len(runners)]
                 spent = _time(runner, documents)
                 seconds[runner.method.key].append(spent)
-                advance(f"{runner.method.name}: {tokens / spent:,.0f} tokens/s")
+                advance(f"{tokens / spent:,.0f} tokens/s: {runner.method.name}")
     return {k: Speed(tokens / statistics.median(times), times) for k, times in seconds.items()}
 
 

@@ -36,10 +36,16 @@ def run(settings: Settings, store: Store, report: Report) -> Comparison:
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about: dict[str, Any] = {"settings": settings.as_json(), "environment": _environment(device)}
+    with report.console.status("Reading and tokenizing"):
+        corpus = load_corpus(settings)  # may refuse --data, so nothing is printed before
     report.note(_device_note(device))
+    if settings.tiny:
+        report.note(
+            "Quick run: it shows that everything works, but is too small to show the memory gain; "
+            "leave out --quick for that."
+        )
 
     report.heading("Corpus")
-    corpus = load_corpus(settings)
     about["corpus"] = {"source": corpus.source, **corpus.statistics()}
     report.console.print(_corpus_table(corpus))
 
