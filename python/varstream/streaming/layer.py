@@ -8,7 +8,7 @@ kept instead of re-projected per chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,13 +39,14 @@ class _Work:
     attention: dict[str, Any] = field(default_factory=dict)
 
 
+@torch._disable_dynamo  # the loop over chunks stays outside compiled graphs
 def stream_layer(
     kv: KV,
     rest: Rest,
     x: Tensor,
     cu_seqlens: Tensor,
     *,
-    params: Sequence[Tensor],
+    params: Iterable[Tensor],
     chunk_size: int | str = "auto",
     position_ids: Tensor | None = None,
     causal: bool = True,
@@ -56,6 +57,7 @@ def stream_layer(
 
     ``kv`` and ``rest`` are called on chunks of rows, in the forward without a graph and again in
     the backward with one, so they must be deterministic and act row by row apart from ``attend``.
+    Under ``torch.compile`` the call runs as it is, outside the graph.
 
     Args:
         kv: ``kv(x (c, d), pos (c,)) -> k (c, Hkv, D), v (c, Hkv, Dv)``, positions already applied.
@@ -63,8 +65,8 @@ def stream_layer(
             (c, Hq, Dv)``; it calls ``attend`` at most once.
         x: ``(n, d)`` packed rows.
         cu_seqlens: int32 ``(B+1,)``, the documents' cumulative lengths, ending at n.
-        params: the tensors whose gradients are wanted; gradients of others used inside are not
-            formed.
+        params: the tensors whose gradients are wanted, such as ``layer.parameters()``; gradients
+            of others used inside are not formed.
         chunk_size: rows of a chunk, or ``"auto"``.
         position_ids: ``(n,)`` int64; default restarts at 0 in each document.
         causal: each row sees its document up to itself. Streaming needs this to be true.
@@ -107,8 +109,9 @@ def stream_layer(
 
 def _check_params(params: Any) -> list[Tensor]:
     """A list of tensors, each once however often it was named."""
-    if isinstance(params, Tensor) or not isinstance(params, Sequence):
+    if isinstance(params, Tensor | Mapping | str) or not isinstance(params, Iterable):
         raise TypeError(f"params must be a list of tensors, got {type(params).__name__}")
+    params = list(params)  # module.parameters() can be walked once only
     for i, param in enumerate(params):
         check_tensor(f"params[{i}]", param)
     return list({id(p): p for p in params}.values())
@@ -256,8 +259,15 @@ def _check_rows(name: str, part: Tensor, rows: slice) -> None:
     """What the user's functions return must have a row for each row they were given."""
     count = rows.stop - rows.start
     if not isinstance(part, Tensor) or part.dim() < 2 or part.shape[0] != count:
-        got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
-        raise ValueError(f"{name} must have the chunk's {count} rows, got {got}")
+        raise ValueError(f"{name} must have the chunk's {count} rows, got {_kind(part)}")
+
+
+def _kind(value: Any) -> str:
+    """What a user's function returned, for a message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    size = f" of {len(value)}" if isinstance(value, tuple | list) else ""
+    return f"{type(value).__name__}{size}"
 
 
 def _forward_attend(keys: _Keys | None, chunk: DeviceChunk, attention: dict[str, Any]) -> Attend:
@@ -274,7 +284,10 @@ def _project(work: _Work, x: Tensor) -> _Keys | None:
         return None
     keys = None
     for chunk in work.schedule.chunks:
-        k, v = autocast_cast(*work.kv(x[chunk.rows], work.positions[chunk.rows]))
+        pair = work.kv(x[chunk.rows], work.positions[chunk.rows])
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"kv must return the pair (k, v), got {_kind(pair)}")
+        k, v = autocast_cast(*pair)
         _check_rows("kv's k", k, chunk.rows)
         _check_rows("kv's v", v, chunk.rows)
         if keys is None:
