@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from dataclasses import asdict
@@ -31,8 +30,6 @@ def run(settings: Settings, store: Store, report: Report) -> Comparison:
     Raises:
         DemoError: nothing to read.
     """
-    # The profiler that counts the CPU's memory would announce every start and stop on stderr.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about: dict[str, Any] = {"settings": settings.as_json(), "environment": _environment(device)}

@@ -3,6 +3,7 @@ on CUDA."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,8 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> 
         peak = torch.cuda.max_memory_allocated(device) - before
         del kept
         return peak
+    # torch's profiler would announce every start and stop on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         kept = call()
     del kept
