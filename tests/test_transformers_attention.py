@@ -1,0 +1,644 @@
+"""attn_implementation="varstream" against dense attention under transformers' own masks, on tiny
+models of each family."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import make_twin, packed_row
+from transformers import modeling_flash_attention_utils as flash_utils
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.masking_utils import create_causal_mask, sdpa_mask
+
+import varstream as vs
+from varstream.integrations import flash_attn, flash_attn_3
+from varstream.integrations.transformers import RowMask, varstream_attention, varstream_mask
+from varstream.testing import assert_exact, relative_error, worst_gradient
+
+VOCAB = 61
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "experts_implementation": "eager"}
+YARN = {"rope_type": "default", "factor": 2.0, "original_max_position_embeddings": 32}
+DECODERS = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "llama_bidirectional": transformers.LlamaConfig(**SIZES, is_causal=False),
+    "qwen2": transformers.Qwen2Config(
+        **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
+    "mistral": transformers.MistralConfig(**SIZES, sliding_window=4),
+    "gemma2": transformers.Gemma2Config(**SIZES, **GEMMA, attn_logit_softcapping=2.0),
+    "gemma3": transformers.Gemma3TextConfig(**SIZES, **GEMMA),
+    "gpt_oss": transformers.GptOssConfig(
+        **SIZES,
+        **EXPERTS,
+        head_dim=8,
+        sliding_window=4,
+        rope_parameters={**YARN, "rope_theta": 1e4},
+    ),
+}
+ENCODERS = {
+    "bert": transformers.BertConfig(**SIZES),
+    "modernbert": transformers.ModernBertConfig(
+        **SIZES | {"num_hidden_layers": 3},
+        local_attention=6,
+        global_attn_every_n_layers=2,
+        sep_token_id=2,
+        cls_token_id=1,
+    ),
+}
+
+
+def oracle_attention(
+    module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_
+):
+    """Dense attention in the inputs' dtype under a boolean mask (B, 1, Sq, Sk)."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    hidden = ~attention_mask
+    if s_aux is not None:
+        sinks = s_aux.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], 3)
+        hidden = torch.nn.functional.pad(hidden, (0, 1))
+    dead = hidden.all(3, keepdim=True)
+    p = scores.masked_fill(hidden, -torch.inf).masked_fill(dead, 0.0).softmax(3)
+    p = p.masked_fill(dead, 0.0)[..., : key.shape[2]]
+    return (p @ value).transpose(1, 2), None
+
+
+def oracle_mask(*args, **kwargs):
+    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    return sdpa_mask(*args, **kwargs | skips)
+
+
+transformers.AttentionInterface.register("oracle", oracle_attention)
+transformers.AttentionMaskInterface.register("oracle", oracle_mask)
+
+
+def build(config, implementation, auto=transformers.AutoModelForCausalLM, dtype=torch.float64):
+    """A model with random weights, the same for every implementation."""
+    torch.manual_seed(7)
+    model = auto.from_config(copy.deepcopy(config), attn_implementation=implementation)
+    assert model.config._attn_implementation == implementation
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+def pair(config, auto=transformers.AutoModelForCausalLM, **more):
+    return [build(config, name, auto, **more) for name in ("varstream", "oracle")]
+
+
+def padded(kind, batch=3, length=11):
+    """Token ids and a mask (batch, length); the first sequence is whole."""
+    ids = torch.randint(1, VOCAB, (batch, length))
+    mask = torch.ones(batch, length, dtype=torch.long)
+    if kind == "left":
+        mask[1, :4], mask[2, :10] = 0, 0
+    elif kind == "right":
+        mask[1, 7:], mask[2, 1:] = 0, 0
+    elif kind == "both":
+        mask[1, :2], mask[1, 9:], mask[2, :5] = 0, 0, 0
+    elif kind == "holes":
+        mask[1, 3:5], mask[2, [0, 6, 8]] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def check_models(ours, oracle, inputs, tolerance=1e-6, output=None):
+    """Outputs on real positions, and every gradient of a random weighting of them."""
+    results, grads = [], []
+    real = inputs.get("attention_mask")
+    weights = None
+    for model in (ours, oracle):
+        model.zero_grad(set_to_none=True)
+        out = model(**inputs)
+        out = out[0] if output is None else out[output]
+        out = out if real is None or out.shape[:2] != real.shape else out[real.bool()]
+        weights = torch.randn_like(out) if weights is None else weights
+        (out * weights).sum().backward()
+        results.append(out.detach())
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert relative_error(*results) < tolerance
+    for name in [name for name in grads[0] if name.endswith("self.key.bias")]:
+        # Zero in exact arithmetic: softmax doesn't see what is added to all keys alike.
+        assert max(grads[i].pop(name).abs().max() for i in (0, 1)) < 1e-12
+    name, error = worst_gradient(grads[0].items(), grads[1])
+    assert error < tolerance, name
+
+
+# --- decoders -------------------------------------------------------------------------------------
+
+
+def test_registered_with_a_mask_of_its_own():
+    assert transformers.AttentionInterface()["varstream"] is varstream_attention
+    assert transformers.AttentionMaskInterface()["varstream"] is varstream_mask
+
+
+@pytest.mark.parametrize("kind", ["left", "right", "both", "none"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_on_padded_batches(name, kind):
+    check_models(*pair(DECODERS[name]), padded(kind) | {"use_cache": False})
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_bidirectional", "qwen3"])
+def test_padding_in_holes(name):
+    check_models(*pair(DECODERS[name]), padded("holes") | {"use_cache": False})
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("name", [n for n in DECODERS if n != "llama_bidirectional"])
+def test_decoders_on_packed_documents(name, rows):
+    """Documents are told by position ids that restart, in one row or in several."""
+    positions = [torch.cat([torch.arange(n) for n in lengths]) for lengths in ([5, 1, 7], [9, 4])]
+    ids = torch.randint(VOCAB, (rows, 13))
+    inputs = {"input_ids": ids, "position_ids": torch.stack(positions[:rows]), "use_cache": False}
+    ours, oracle = pair(DECODERS[name])
+    if name != "gpt_oss":  # whose masks never see the position ids: its documents see each other
+        check_models(ours, oracle, inputs)
+    with torch.no_grad():  # the last document alone says the same, with a cache too
+        alone = ours(input_ids=ids[-1:, 6 if rows == 1 else 9 :], use_cache=False).logits[0]
+        for use_cache in (False, True):
+            together = ours(**inputs | {"use_cache": use_cache}).logits[-1]
+            assert_exact(together[-len(alone) :], alone, tolerance=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_window", "qwen3_mqa"])
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_float64_twins_are_exact(family, kind):
+    ours = make_twin(family)
+    oracle = copy.deepcopy(ours)
+    ours.config._attn_implementation, oracle.config._attn_implementation = "varstream", "oracle"
+    inputs = padded("both") if kind == "padded" else packed_row([5, 1, 7])
+    inputs.pop("labels", None)
+    check_models(ours, oracle, inputs | {"use_cache": False}, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_lengths_of_the_flattening_collator(name):
+    features = [{"input_ids": torch.randint(VOCAB, (n,)).tolist()} for n in (5, 1, 7)]
+    kwargs = {"return_tensors": "pt", "return_flash_attn_kwargs": True}
+    collate = transformers.DataCollatorWithFlattening(**kwargs)
+    lengths_only = transformers.DataCollatorWithFlattening(return_position_ids=False, **kwargs)
+    ours, oracle = pair(DECODERS[name])
+    batch = collate(features)
+    batch.pop("labels")
+    want = oracle(**batch, use_cache=False).logits
+    assert relative_error(ours(**batch, use_cache=False).logits, want) < 1e-6
+    # Without position ids rotary positions run on (attention is the same under a shift), and only
+    # the lengths tell the documents apart.
+    batch = lengths_only(features)
+    batch.pop("labels")
+    assert relative_error(ours(**batch, use_cache=False).logits, want) < 1e-6
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", [n for n in DECODERS if n != "llama_bidirectional"])
+def test_generate(name, cache):
+    """Greedy tokens equal eager's with left padding, past the sliding window."""
+    ours, eager = (build(DECODERS[name], n, dtype=torch.float32) for n in ("varstream", "eager"))
+    options = {"max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    if cache == "static":
+        options["cache_implementation"] = "static"
+    inputs = padded("left")
+    assert ours.generate(**inputs, **options).equal(eager.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("llama", "holes"), ("llama", "both"), ("gemma3", "both")]
+)
+def test_several_queries_against_a_cache(name, kind):
+    """Chunks of a prompt whose padding stands between them, too."""
+    ours, oracle = pair(DECODERS[name])
+    inputs = padded(kind)
+    results = []
+    for model in (ours, oracle):
+        cache, steps = transformers.DynamicCache(config=model.config), []
+        for first, last in ((0, 6), (6, 7), (7, 11)):
+            steps.append(
+                model(
+                    input_ids=inputs["input_ids"][:, first:last],
+                    attention_mask=inputs["attention_mask"][:, :last],
+                    past_key_values=cache,
+                ).logits
+            )
+        results.append(torch.cat(steps, 1)[inputs["attention_mask"].bool()])
+    assert relative_error(*results) < 1e-6
+
+
+def test_a_streamed_model():
+    model = build(DECODERS["llama"], "varstream").train()
+    inputs = padded("right")
+    inputs["labels"] = inputs["input_ids"].where(inputs["attention_mask"].bool(), -100)
+    model(**inputs).loss.backward()
+    want = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    vs.stream(model, chunk_size=4)
+    model(**inputs).loss.backward()
+    name, error = worst_gradient(((n, p.grad) for n, p in model.named_parameters()), want)
+    assert error < 1e-6, name
+
+
+def test_gradient_checkpointing():
+    ours, oracle = pair(DECODERS["gemma2"])
+    ours.train().gradient_checkpointing_enable({"use_reentrant": False})
+    check_models(ours, oracle, padded("left") | {"use_cache": False})
+
+
+def test_compiled():
+    ours, oracle = pair(DECODERS["qwen2"])
+    compiled = torch.compile(ours, backend="aot_eager")
+    for kind in ("left", "right"):
+        inputs = padded(kind) | {"use_cache": False}
+        real = inputs["attention_mask"].bool()
+        with torch.no_grad():
+            got, want = (model(**inputs).logits[real] for model in (compiled, oracle))
+        assert relative_error(got, want) < 1e-6
+    torch.compiler.reset()
+
+
+# --- encoders and cross-attention -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["left", "right", "both", "none"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders(name, kind):
+    check_models(*pair(ENCODERS[name], transformers.AutoModel), padded(kind))
+
+
+@pytest.mark.parametrize("length", [11, 6])
+def test_cross_attention(length):
+    """The encoder's padding is not the decoder's, at equal lengths either."""
+    config = transformers.BartConfig(
+        vocab_size=VOCAB,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+    )
+    inputs = padded("right")
+    real = inputs.pop("attention_mask")
+    decoder = torch.randint(1, VOCAB, (3, length))
+    inputs |= {"attention_mask": real, "decoder_input_ids": decoder, "use_cache": False}
+    ours, oracle = pair(config, transformers.AutoModelForSeq2SeqLM)
+    results = [model(**inputs).logits for model in (ours, oracle)]
+    assert relative_error(*results) < 1e-6
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2}
+    encoder = {"input_ids": inputs["input_ids"], "attention_mask": real}
+    assert ours.generate(**encoder, **options).equal(oracle.generate(**encoder, **options))
+
+
+@pytest.mark.parametrize(
+    ("changes", "queries"),
+    [({}, "packed"), ({"cross_attention_frequency": 2}, "all"), ({"is_decoder": True}, "all")],
+)
+def test_which_models_may_cross_attend(changes, queries):
+    """Only where no cross-attention can be are the queries taken for the keys' own rows."""
+    config = transformers.BertConfig(**SIZES)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    bidirectional = transformers.masking_utils.bidirectional_mask_function
+    padding = torch.tensor([[0, 1, 1, 1]])
+    mask = varstream_mask(
+        1, 4, 4, attention_mask=padding, mask_function=bidirectional, config=config
+    )
+    assert mask.indices_k.tolist() == [1, 2, 3]
+    assert (mask.indices_q is None) == (queries == "all")
+
+
+@st.composite
+def cached_batches(draw):
+    """A batch against a cache: sizes, a causal pattern, padding without holes under a window."""
+    batch, new, past = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(0, 4))
+    dropped = draw(st.integers(0, past))  # keys that a sliding cache no longer holds
+    spare = draw(st.integers(0, 3))  # slots that a static cache has not filled
+    window = draw(st.none() | st.integers(1, 12))
+    rows = torch.zeros(batch, past + new, dtype=torch.bool)
+    for row in rows:
+        if window is None:
+            row[:] = torch.tensor(
+                draw(st.lists(st.booleans(), min_size=len(row), max_size=len(row)))
+            )
+        else:
+            first = draw(st.integers(0, len(row)))
+            row[first : draw(st.integers(first, len(row)))] = True
+    return batch, new, past, dropped, spare, window, draw(st.none() | st.just(rows))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(cached_batches())
+def test_masks_and_caches_of_every_shape(case):
+    """The attention under our mask is that under transformers' own mask of the same arguments."""
+    batch, new, past, dropped, spare, window, padding = case
+    masks = transformers.masking_utils
+    pattern = masks.causal_mask_function
+    if window is not None:
+        pattern = masks.sliding_window_causal_mask_function(window)
+    keys = past - dropped + new + spare
+    arguments = {"q_offset": past, "kv_offset": dropped, "mask_function": pattern}
+    arguments |= {"attention_mask": padding}
+    visible = oracle_mask(batch, new, keys, **arguments)
+    q, k, v = heads(new, keys, batch)
+    want, _ = oracle_attention(Layer(), q, k, v, visible)
+    real = torch.ones(batch, new, dtype=torch.bool) if padding is None else padding[:, -new:]
+    for offset in (past, torch.tensor(past)):
+        ours = varstream_mask(batch, new, keys, **arguments | {"q_offset": offset})
+        got, _ = varstream_attention(Layer(), q, k, v, ours)
+        assert_exact(got[real], want[real])
+        assert (got[~real] == 0).all()
+
+
+# --- the attention function alone -----------------------------------------------------------------
+
+
+class Layer(torch.nn.Module):
+    is_causal = True
+
+
+def heads(rows=5, keys=5, batch=2):
+    shapes = [(batch, 4, rows, 8), (batch, 2, keys, 8), (batch, 2, keys, 8)]
+    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("window", [None, 3])
+def test_plain_masks_without_the_registry(is_causal, window):
+    q, k, v = heads()
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    if window and not is_causal:
+        mask = None
+    out, weights = varstream_attention(
+        Layer(), q, k, v, mask, is_causal=is_causal, sliding_window=window
+    )
+    assert weights is None and out.shape == (2, 5, 4, 8)
+    distance = torch.arange(5)[None] - torch.arange(5)[:, None]
+    visible = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    if is_causal:
+        visible &= distance <= 0
+    if window:
+        visible &= distance.abs() < window
+    if mask is not None:
+        visible &= mask.bool()[:, None, None]
+    want, _ = oracle_attention(Layer(), q, k, v, visible)
+    assert_exact(out, want)
+
+
+def test_padding_is_neither_read_nor_written():
+    q, k, v = heads()
+    padding = torch.tensor([[0, 1, 0, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    want, _ = varstream_attention(Layer(), q, k, v, padding)
+    for x in (q, k, v):
+        x.transpose(1, 2)[~padding] = torch.nan
+    got, _ = varstream_attention(Layer(), q, k, v, padding)
+    assert got.equal(want) and (got[~padding] == 0).all()
+
+
+def test_dropout_softcap_and_sinks_reach_the_operator():
+    q, k, v = heads(batch=1)
+    options = {"dropout_p": 0.4, "softcap": 2.0, "softmax_scale": 0.3, "sinks": torch.randn(4)}
+    torch.manual_seed(3)
+    rows = (x[0].transpose(0, 1) for x in (q, k, v))
+    want = vs.varlen_attention(*rows, vs.cu_seqlens([5]), causal=True, **options)
+    torch.manual_seed(3)
+    got, _ = varstream_attention(
+        Layer(), q, k, v, None, dropout=0.4, softcap=2.0, scaling=0.3, s_aux=options["sinks"]
+    )
+    assert got[0].equal(want)
+
+
+def test_training_applies_attention_dropout():
+    model = build(DECODERS["llama"], "varstream")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    inputs = padded("left")
+    with torch.no_grad():
+        calm = [model(**inputs).logits for _ in range(2)]
+        wild = [model.train()(**inputs).logits for _ in range(2)]
+    assert calm[0].equal(calm[1]) and not wild[0].equal(wild[1])
+
+
+def test_position_ids_without_the_registry():
+    q, k, v = heads(batch=1)
+    got, _ = varstream_attention(
+        Layer(), q, k, v, None, position_ids=torch.tensor([[0, 1, 0, 1, 2]])
+    )
+    parts = [[x[:, :, rows] for x in (q, k, v)] for rows in (slice(0, 2), slice(2, 5))]
+    want = torch.cat([varstream_attention(Layer(), *part, None)[0] for part in parts], 1)
+    assert_exact(got, want)
+
+
+def test_a_row_mask_moves_with_its_layer():
+    mask = varstream_mask(1, 4, 4, attention_mask=torch.tensor([[0, 1, 1, 1]]))
+    moved = mask.to("meta")
+    assert moved.cu_seqlens_q.is_meta and moved.indices_k.is_meta
+    assert moved.window == mask.window and moved.max_seqlen_q == 3
+    assert mask.contiguous() is mask and mask.shape == (1, 1, 4, 4)
+
+
+# --- transformers' flash path over the FlashAttention faces ---------------------------------------
+
+
+@pytest.mark.parametrize("face", [flash_attn, flash_attn_3])
+@pytest.mark.parametrize("kind", ["padded", "packed", "decoding", "whole"])
+def test_transformers_calls_the_flash_faces(face, kind, monkeypatch):
+    """transformers' own flash code finds every name and keyword it wants on our functions."""
+    functions = (face.flash_attn_func, face.flash_attn_varlen_func, None)
+    functions += (flash_attn.pad_input, flash_attn.unpad_input)
+    process = flash_utils._lazy_define_process_function(face.flash_attn_varlen_func)
+    monkeypatch.setattr(
+        flash_utils, "lazy_import_flash_attention", lambda *_: (functions, (process, dict))
+    )
+    module = Layer()
+    module.config = transformers.LlamaConfig(**SIZES)
+    q, k, v = heads(rows=1 if kind == "decoding" else 5, batch=1 if kind == "packed" else 2)
+    mask, extra = None, {}
+    visible = torch.ones(q.shape[0], 1, 5, 5, dtype=torch.bool).tril()
+    if kind == "packed":
+        extra["position_ids"] = torch.tensor([[0, 1, 0, 1, 2]])
+        visible[..., 2:, :2] = False
+    elif kind != "whole":
+        mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+        visible = visible & mask.bool()[:, None, None]
+    out, _ = flash_attention_forward(module, q, k, v, mask, sliding_window=3, softcap=2.0, **extra)
+    visible &= torch.ones(5, 5, dtype=torch.bool).triu(-2)
+    visible = visible[..., -q.shape[2] :, :]
+    want, _ = oracle_attention(module, q, k, v, visible, softcap=2.0)
+    assert_exact(out, want)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def mask_of(config, **kwargs):
+    config = copy.deepcopy(config)
+    config._attn_implementation = "varstream"
+    kwargs = {"attention_mask": None, "past_key_values": None} | kwargs
+    return create_causal_mask(config=config, inputs_embeds=torch.randn(1, 4, 8), **kwargs)
+
+
+def everything(batch, head, q, k):
+    return q >= 0
+
+
+@pytest.mark.parametrize("argument", ["or_mask_function", "and_mask_function"])
+def test_custom_mask_functions_are_refused(argument):
+    with pytest.raises(
+        ValueError,
+        match=r"mask \w+\(causal_mask_function, .*everything\) has an or_mask_function or",
+    ):
+        mask_of(DECODERS["llama"], **{argument: everything})
+
+
+def test_blocks_are_refused():
+    with pytest.raises(ValueError, match=r"or_masks\(causal_mask_function, blockwise_overlay\)"):
+        mask_of(DECODERS["llama"], block_sequence_ids=torch.tensor([[0, 0, -1, -1]]))
+    positions = torch.tensor([[0, 1, 0, 1]])
+    with pytest.raises(ValueError, match="blockwise_overlay"):
+        mask_of(
+            DECODERS["llama"],
+            position_ids=positions,
+            block_sequence_ids=torch.tensor([[0, 0, -1, -1]]),
+        )
+
+
+def test_chunked_attention_is_refused():
+    config = transformers.LlamaConfig(**SIZES)
+    config.attention_chunk_size, config._attn_implementation = 2, "varstream"
+    with pytest.raises(ValueError, match=r"and_masks\(chunked_overlay, causal_mask_function\)"):
+        transformers.masking_utils.create_chunked_causal_mask(
+            config, torch.randn(1, 4, 8), None, None
+        )
+
+
+def test_bidirectional_gemma_is_refused():
+    config = transformers.Gemma3TextConfig(**SIZES, **GEMMA, use_bidirectional_attention=True)
+    with pytest.raises(ValueError, match="or_mask_function or and_mask_function"):
+        build(config, "varstream")(**padded("none"))
+
+
+def test_a_lambda_is_refused():
+    with pytest.raises(ValueError, match="<lambda> is none that packed rows express"):
+        varstream_mask(1, 4, 4, mask_function=lambda b, h, q, k: k <= q)
+
+
+def test_four_dimensional_masks_are_refused():
+    mask = torch.zeros(1, 1, 11, 11, dtype=torch.float64)
+    inputs = padded("none", batch=1) | {"attention_mask": mask}
+    with pytest.raises(ValueError, match=r"tensor \(B, Sk\) .* got Tensor of shape \(1, 1, 11, 11"):
+        build(DECODERS["llama"], "varstream")(**inputs)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_holes_under_a_window_are_refused(name):
+    with pytest.raises(ValueError, match="no padding between real tokens .* row 1"):
+        build(DECODERS[name], "varstream")(**padded("holes"))
+
+
+def test_a_mask_that_forgets_the_cache_is_refused():
+    model = build(DECODERS["llama"], "varstream")
+    inputs = padded("none")
+    cache = model(**inputs).past_key_values
+    with pytest.raises(ValueError, match=r"must cover all 22 tokens.* got shape \(3, 11\)"):
+        model(**inputs, past_key_values=cache)
+
+
+def test_a_static_cache_without_causality_is_refused():
+    cache = transformers.StaticCache(config=DECODERS["llama_bidirectional"], max_cache_len=8)
+    with pytest.raises(ValueError, match="over 8 keys must come with an attention_mask"):
+        mask_of(DECODERS["llama_bidirectional"], past_key_values=cache)
+
+
+Q, K, V = heads()
+CU = torch.tensor([0, 4, 10], dtype=torch.int32)
+LENGTHS = {"cu_seq_lens_q": CU, "cu_seq_lens_k": CU}
+HALF = torch.tensor([[0, 1, 1, 1, 1], [1] * 5])
+PADDED = varstream_mask(2, 5, 5, attention_mask=HALF)
+CALLS = [
+    ((Q, K, V, None), {"position_bias": Q}, "position_bias must not be given"),
+    ((Q, K, V, None), {"head_mask": Q}, "head_mask must not be given"),
+    ((Q, K, V, None), {"output_attentions": True}, "output_attentions must not be given"),
+    ((Q, K, V, None), {"block_table": CU}, "block_table must not be given"),
+    ((Q, K, V, None), {"sliding_window": 0}, "sliding_window must be >= 1"),
+    ((Q, K, V, None), {**LENGTHS, "cu_seq_lens_k": None}, "must be given together"),
+    ((Q, K, V, PADDED), LENGTHS, "must not be given with an attention_mask that has padding"),
+    ((Q, K, V, None), {**LENGTHS, "max_length_q": 4}, "max_seqlen_q must be at least"),
+    ((Q, K[:, :, :4], V[:, :, :4], PADDED), {}, r"is for .* \(2, 5, 5\), got query"),
+    ((Q, K, V, CU[None]), {}, "attention_mask must have size 2"),
+    ((Q[0], K, V, None), {}, "query must have 4 dimensions"),
+    ((Q, K[:1], V, None), {}, "key must have size 2 in dimension 0"),
+    ((Q, K, V, HALF), {"is_causal": False, "sliding_window": 2}, "must belong to self-attention"),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs", "message"), CALLS)
+def test_calls_that_are_refused(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        varstream_attention(Layer(), *args, **kwargs)
+
+
+def test_a_module_that_says_nothing_of_causality():
+    with pytest.raises(ValueError, match="is_causal must be given: Identity"):
+        varstream_attention(torch.nn.Identity(), Q, K, V, None)
+
+
+def test_a_mask_made_for_another_pattern():
+    made = varstream_mask(1, 4, 4)
+    assert isinstance(made, RowMask) and varstream_mask(1, 4, 4, attention_mask=made) is made
+    bidirectional = transformers.masking_utils.bidirectional_mask_function
+    with pytest.raises(ValueError, match="the model asks for bidirectional_mask_function"):
+        varstream_mask(1, 4, 4, attention_mask=made, mask_function=bidirectional)
+    with pytest.raises(ValueError, match=r"attention_mask must be \(B, S\)"):
+        varstream_mask(1, 4, 4, attention_mask=torch.ones(4))
+
+
+# --- imports --------------------------------------------------------------------------------------
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_transformers_is_imported_by_its_own_face_only():
+    code = "import sys, varstream.integrations.flash_attn, varstream.integrations.flash_attn_3\n"
+    result = run(code + "assert 'transformers' not in sys.modules")
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_transformers_the_error_says_what_to_install():
+    code = (
+        "import sys; sys.modules['transformers'] = None\nimport varstream.integrations.transformers"
+    )
+    error = run(code).stderr.strip().splitlines()[-1]
+    assert error.startswith("ImportError: varstream.integrations.transformers needs transformers")
+    assert 'pip install "varstream[hf]"' in error
+
+
+def test_a_transformers_with_other_mask_functions_is_refused():
+    code = "import transformers.masking_utils as m; m.sdpa_mask = lambda cache_position: None\n"
+    error = run(code + "import varstream.integrations.transformers").stderr.strip().splitlines()[-1]
+    assert error.startswith("ImportError: varstream.integrations.transformers needs a transformers")
+    assert f"got {transformers.__version__}" in error
