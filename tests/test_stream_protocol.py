@@ -322,9 +322,9 @@ def test_not_a_model():
     ("options", "message"),
     [
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
-        ({"head_chunk_size": 0}, "head_chunk_size must be >= 1"),
+        ({"head_chunk_size": 0}, "head_chunk_size must be at least 1"),
         ({"offload": True}, "offload=True is not available"),
-        ({"memory_budget": 10}, "memory_budget is not available"),
+        ({"memory_budget": 0}, "memory_budget must be >= 1"),
     ],
 )
 def test_bad_options(options, message):
