@@ -216,6 +216,27 @@ def test_maximum_lengths_may_be_tensors():
     assert flash_attn.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest).equal(want)
 
 
+def test_compiled_whole():
+    """One graph, forward and backward, for each face; seqused needs no look at the values."""
+    q, k, v = make(6, 9)
+    cu = cu_seqlens([2, 4]), cu_seqlens([5, 4])
+    used = torch.tensor([1, 4], dtype=torch.int32)
+
+    def step(q, k, v):
+        second = flash_attn.flash_attn_varlen_func(q, k, v, *cu, 4, 5, causal=True)
+        third = flash_attn_3.flash_attn_varlen_func(q, k, v, *cu, 4, 5, used)
+        whole = flash_attn.flash_attn_func(q[None], k[None], v[None], return_attn_probs=True)
+        return second + third + whole[0][0] + whole[1].sum()
+
+    dout = torch.randn(6, 4, 8, dtype=torch.float64)
+    want = torch.autograd.grad(step(q, k, v), (q, k, v), dout)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(q, k, v), (q, k, v), dout)
+    torch.compiler.reset()
+    for g, w in zip(got, want, strict=True):
+        assert_exact(g, w)
+
+
 # --- FlashAttention-3's own arguments -------------------------------------------------------------
 
 
