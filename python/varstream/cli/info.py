@@ -144,11 +144,15 @@ def _version(name: str) -> str:
 
 def _features() -> dict[str, str]:
     """What a user calls, and whether it works here."""
-    table = {name: _state(place, needs) for name, place, needs in FEATURES}
+    table = _features_of(FEATURES)
     if _exists(INTEGRATIONS):
         for name, summary in _integrations():
             table[f"{INTEGRATIONS}.{name}: {summary}"] = _state("varstream", NEEDED.get(name, ()))
     return table
+
+
+def _features_of(rows: Sequence[tuple[str, str, Sequence[str]]]) -> dict[str, str]:
+    return {name: _state(place, needs) for name, place, needs in rows}
 
 
 def _state(place: str, needs: Sequence[str]) -> str:

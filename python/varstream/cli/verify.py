@@ -154,7 +154,7 @@ def show(report: Verification, name: str) -> None:
     console = Console()
 
     def say(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, highlight=False, markup=False)
+        console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
     say(f"{name}: {report.model_type}, a small float64 copy with random weights")
     shrunk = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in report.shrunk.items())

@@ -11,7 +11,7 @@ from typing import Any
 
 from varstream._checks import check_int
 
-LAYERS, KV_HEADS, HEAD_DIM, VOCABULARY, WINDOW = 2, 2, 16, 61, 5
+LAYERS, KV_HEADS, HEAD_DIM, WIDTH, VOCABULARY, WINDOW = 2, 2, 16, 128, 61, 5
 SIZES = (
     "num_hidden_layers",
     "hidden_size",
@@ -49,7 +49,8 @@ def shrink_config(config: Any) -> Any:
     group = heads // kv_heads
     small["num_key_value_heads"] = min(kv_heads, KV_HEADS if group < 8 else 1)
     small["num_attention_heads"] = group * small["num_key_value_heads"]
-    small_dim = min(head_dim, HEAD_DIM)
+    room = WIDTH // small["num_attention_heads"] // 2 * 2  # even, for rotary pairs
+    small_dim = min(head_dim, HEAD_DIM, max(room, 4))
     if small.get("head_dim") is not None:
         small["head_dim"] = small_dim
     # Rows of all heads together against the width: 1 in Llama, often 2 in Qwen3.
