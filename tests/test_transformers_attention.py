@@ -2,151 +2,34 @@
 models of each family."""
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
 import transformers
+from attention_models import (
+    DECODERS,
+    ENCODERS,
+    SIZES,
+    VOCAB,
+    Layer,
+    build,
+    check_models,
+    heads,
+    oracle_attention,
+    oracle_mask,
+    padded,
+    pair,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make_twin, packed_row
 from transformers import modeling_flash_attention_utils as flash_utils
 from transformers.integrations.flash_attention import flash_attention_forward
-from transformers.masking_utils import create_causal_mask, sdpa_mask
 
 import varstream as vs
 from varstream.integrations import flash_attn, flash_attn_3
-from varstream.integrations.transformers import RowMask, varstream_attention, varstream_mask
+from varstream.integrations.transformers import varstream_attention, varstream_mask
 from varstream.testing import assert_error_ratio, assert_exact, relative_error, worst_gradient
-
-VOCAB = 61
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
-GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4}
-EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "experts_implementation": "eager"}
-YARN = {"rope_type": "default", "factor": 2.0, "original_max_position_embeddings": 32}
-DECODERS = {
-    "llama": transformers.LlamaConfig(**SIZES),
-    "llama_bidirectional": transformers.LlamaConfig(**SIZES, is_causal=False),
-    "qwen2": transformers.Qwen2Config(
-        **SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1
-    ),
-    "qwen3": transformers.Qwen3Config(**SIZES, head_dim=16),
-    "mistral": transformers.MistralConfig(**SIZES, sliding_window=4),
-    "gemma2": transformers.Gemma2Config(**SIZES, **GEMMA, attn_logit_softcapping=2.0),
-    "gemma3": transformers.Gemma3TextConfig(**SIZES, **GEMMA),
-    "gpt_oss": transformers.GptOssConfig(
-        **SIZES,
-        **EXPERTS,
-        head_dim=8,
-        sliding_window=4,
-        rope_parameters={**YARN, "rope_theta": 1e4},
-    ),
-}
-ENCODERS = {
-    "bert": transformers.BertConfig(**SIZES),
-    "modernbert": transformers.ModernBertConfig(
-        **SIZES | {"num_hidden_layers": 3},
-        local_attention=6,
-        global_attn_every_n_layers=2,
-        sep_token_id=2,
-        cls_token_id=1,
-    ),
-}
-
-
-def oracle_attention(
-    module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, **_
-):
-    """Dense attention in the inputs' dtype under a boolean mask (B, 1, Sq, Sk)."""
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    hidden = ~attention_mask
-    if s_aux is not None:
-        sinks = s_aux.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, sinks], 3)
-        hidden = torch.nn.functional.pad(hidden, (0, 1))
-    dead = hidden.all(3, keepdim=True)
-    p = scores.masked_fill(hidden, -torch.inf).masked_fill(dead, 0.0).softmax(3)
-    p = p.masked_fill(dead, 0.0)[..., : key.shape[2]]
-    return (p @ value).transpose(1, 2), None
-
-
-def oracle_mask(*args, **kwargs):
-    skips = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    return sdpa_mask(*args, **kwargs | skips)
-
-
-transformers.AttentionInterface.register("oracle", oracle_attention)
-transformers.AttentionMaskInterface.register("oracle", oracle_mask)
-
-
-def build(config, implementation, auto=transformers.AutoModelForCausalLM, dtype=torch.float64):
-    """A model with random weights, the same for every implementation."""
-    torch.manual_seed(7)
-    model = auto.from_config(copy.deepcopy(config), attn_implementation=implementation)
-    assert model.config._attn_implementation == implementation
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.to(dtype).eval()
-
-
-def pair(config, auto=transformers.AutoModelForCausalLM, **more):
-    return [build(config, name, auto, **more) for name in ("varstream", "oracle")]
-
-
-def padded(kind, batch=3, length=11):
-    """Token ids and a mask (batch, length); the first sequence is whole."""
-    ids = torch.randint(1, VOCAB, (batch, length))
-    mask = torch.ones(batch, length, dtype=torch.long)
-    if kind == "left":
-        mask[1, :4], mask[2, :10] = 0, 0
-    elif kind == "right":
-        mask[1, 7:], mask[2, 1:] = 0, 0
-    elif kind == "both":
-        mask[1, :2], mask[1, 9:], mask[2, :5] = 0, 0, 0
-    elif kind == "holes":
-        mask[1, 3:5], mask[2, [0, 6, 8]] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def check_models(ours, oracle, inputs, tolerance=1e-6, output=None):
-    """Outputs on real positions, and every gradient of a random weighting of them."""
-    results, grads = [], []
-    real = inputs.get("attention_mask")
-    weights = None
-    for model in (ours, oracle):
-        model.zero_grad(set_to_none=True)
-        out = model(**inputs)
-        out = out[0] if output is None else out[output]
-        out = out if real is None or out.shape[:2] != real.shape else out[real.bool()]
-        weights = torch.randn_like(out) if weights is None else weights
-        (out * weights).sum().backward()
-        results.append(out.detach())
-        names = ((name.removeprefix("_orig_mod."), p) for name, p in model.named_parameters())
-        grads.append({name: p.grad for name, p in names})
-    assert relative_error(*results) < tolerance
-    for name in [name for name in grads[0] if name.endswith("self.key.bias")]:
-        # Zero in exact arithmetic: softmax doesn't see what is added to all keys alike.
-        assert max(grads[i].pop(name).abs().max() for i in (0, 1)) < 1e-12
-    name, error = worst_gradient(grads[0].items(), grads[1])
-    assert error < tolerance, name
-
 
 # --- decoders -------------------------------------------------------------------------------------
 
@@ -385,15 +268,6 @@ def test_masks_and_caches_of_every_shape(case):
 # --- the attention function alone -----------------------------------------------------------------
 
 
-class Layer(torch.nn.Module):
-    is_causal = True
-
-
-def heads(rows=5, keys=5, batch=2):
-    shapes = [(batch, 4, rows, 8), (batch, 2, keys, 8), (batch, 2, keys, 8)]
-    return [torch.randn(shape, dtype=torch.float64) for shape in shapes]
-
-
 @pytest.mark.parametrize("is_causal", [True, False])
 @pytest.mark.parametrize("window", [None, 3])
 def test_plain_masks_without_the_registry(is_causal, window):
@@ -498,157 +372,3 @@ def test_transformers_calls_the_flash_faces(face, kind, monkeypatch):
     visible = visible[..., -q.shape[2] :, :]
     want, _ = oracle_attention(module, q, k, v, visible, softcap=2.0)
     assert_exact(out, want)
-
-
-# --- what is refused ------------------------------------------------------------------------------
-
-
-def mask_of(config, **kwargs):
-    config = copy.deepcopy(config)
-    config._attn_implementation = "varstream"
-    kwargs = {"attention_mask": None, "past_key_values": None} | kwargs
-    return create_causal_mask(config=config, inputs_embeds=torch.randn(1, 4, 8), **kwargs)
-
-
-def everything(batch, head, q, k):
-    return q >= 0
-
-
-@pytest.mark.parametrize("argument", ["or_mask_function", "and_mask_function"])
-def test_custom_mask_functions_are_refused(argument):
-    with pytest.raises(
-        ValueError,
-        match=r"mask \w+\(causal_mask_function, .*everything\) has an or_mask_function or",
-    ):
-        mask_of(DECODERS["llama"], **{argument: everything})
-
-
-def test_blocks_are_refused():
-    with pytest.raises(ValueError, match=r"or_masks\(causal_mask_function, blockwise_overlay\)"):
-        mask_of(DECODERS["llama"], block_sequence_ids=torch.tensor([[0, 0, -1, -1]]))
-    positions = torch.tensor([[0, 1, 0, 1]])
-    with pytest.raises(ValueError, match="blockwise_overlay"):
-        mask_of(
-            DECODERS["llama"],
-            position_ids=positions,
-            block_sequence_ids=torch.tensor([[0, 0, -1, -1]]),
-        )
-
-
-def test_chunked_attention_is_refused():
-    config = transformers.LlamaConfig(**SIZES)
-    config.attention_chunk_size, config._attn_implementation = 2, "varstream"
-    with pytest.raises(ValueError, match=r"and_masks\(chunked_overlay, causal_mask_function\)"):
-        transformers.masking_utils.create_chunked_causal_mask(
-            config, torch.randn(1, 4, 8), None, None
-        )
-
-
-def test_bidirectional_gemma_is_refused():
-    config = transformers.Gemma3TextConfig(**SIZES, **GEMMA, use_bidirectional_attention=True)
-    with pytest.raises(ValueError, match="or_mask_function or and_mask_function"):
-        build(config, "varstream")(**padded("none"))
-
-
-def test_a_lambda_is_refused():
-    with pytest.raises(ValueError, match="<lambda> is none that packed rows express"):
-        varstream_mask(1, 4, 4, mask_function=lambda b, h, q, k: k <= q)
-
-
-def test_four_dimensional_masks_are_refused():
-    mask = torch.zeros(1, 1, 11, 11, dtype=torch.float64)
-    inputs = padded("none", batch=1) | {"attention_mask": mask}
-    with pytest.raises(ValueError, match=r"tensor \(B, Sk\) .* got Tensor of shape \(1, 1, 11, 11"):
-        build(DECODERS["llama"], "varstream")(**inputs)
-
-
-@pytest.mark.parametrize("name", ["mistral", "gemma3"])
-def test_holes_under_a_window_are_refused(name):
-    with pytest.raises(ValueError, match="no padding between real tokens .* row 1"):
-        build(DECODERS[name], "varstream")(**padded("holes"))
-
-
-def test_a_mask_that_forgets_the_cache_is_refused():
-    model = build(DECODERS["llama"], "varstream")
-    inputs = padded("none")
-    cache = model(**inputs).past_key_values
-    with pytest.raises(ValueError, match=r"must cover all 22 tokens.* got shape \(3, 11\)"):
-        model(**inputs, past_key_values=cache)
-
-
-def test_a_static_cache_without_causality_is_refused():
-    cache = transformers.StaticCache(config=DECODERS["llama_bidirectional"], max_cache_len=8)
-    with pytest.raises(ValueError, match="over 8 keys must come with an attention_mask"):
-        mask_of(DECODERS["llama_bidirectional"], past_key_values=cache)
-
-
-Q, K, V = heads()
-CU = torch.tensor([0, 4, 10], dtype=torch.int32)
-LENGTHS = {"cu_seq_lens_q": CU, "cu_seq_lens_k": CU}
-HALF = torch.tensor([[0, 1, 1, 1, 1], [1] * 5])
-PADDED = varstream_mask(2, 5, 5, attention_mask=HALF)
-CALLS = [
-    ((Q, K, V, None), {"position_bias": Q}, "position_bias must not be given"),
-    ((Q, K, V, None), {"head_mask": Q}, "head_mask must not be given"),
-    ((Q, K, V, None), {"output_attentions": True}, "output_attentions must not be given"),
-    ((Q, K, V, None), {"block_table": CU}, "block_table must not be given"),
-    ((Q, K, V, None), {"sliding_window": 0}, "sliding_window must be >= 1"),
-    ((Q, K, V, None), {**LENGTHS, "cu_seq_lens_k": None}, "must be given together"),
-    ((Q, K, V, PADDED), LENGTHS, "must not be given with an attention_mask that has padding"),
-    ((Q, K, V, None), {**LENGTHS, "max_length_q": 4}, "max_seqlen_q must be at least"),
-    ((Q, K[:, :, :4], V[:, :, :4], PADDED), {}, r"is for .* \(2, 5, 5\), got query"),
-    ((Q, K, V, CU[None]), {}, "attention_mask must have size 2"),
-    ((Q[0], K, V, None), {}, "query must have 4 dimensions"),
-    ((Q, K[:1], V, None), {}, "key must have size 2 in dimension 0"),
-    ((Q, K, V, HALF), {"is_causal": False, "sliding_window": 2}, "must belong to self-attention"),
-]
-
-
-@pytest.mark.parametrize(("args", "kwargs", "message"), CALLS)
-def test_calls_that_are_refused(args, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        varstream_attention(Layer(), *args, **kwargs)
-
-
-def test_a_module_that_says_nothing_of_causality():
-    with pytest.raises(ValueError, match="is_causal must be given: Identity"):
-        varstream_attention(torch.nn.Identity(), Q, K, V, None)
-
-
-def test_a_mask_made_for_another_pattern():
-    made = varstream_mask(1, 4, 4)
-    assert isinstance(made, RowMask) and varstream_mask(1, 4, 4, attention_mask=made) is made
-    bidirectional = transformers.masking_utils.bidirectional_mask_function
-    with pytest.raises(ValueError, match="the model asks for bidirectional_mask_function"):
-        varstream_mask(1, 4, 4, attention_mask=made, mask_function=bidirectional)
-    with pytest.raises(ValueError, match=r"attention_mask must be \(B, S\)"):
-        varstream_mask(1, 4, 4, attention_mask=torch.ones(4))
-
-
-# --- imports --------------------------------------------------------------------------------------
-
-
-def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-
-
-def test_transformers_is_imported_by_its_own_face_only():
-    code = "import sys, varstream.integrations.flash_attn, varstream.integrations.flash_attn_3\n"
-    result = run(code + "assert 'transformers' not in sys.modules")
-    assert result.returncode == 0, result.stderr
-
-
-def test_without_transformers_the_error_says_what_to_install():
-    code = (
-        "import sys; sys.modules['transformers'] = None\nimport varstream.integrations.transformers"
-    )
-    error = run(code).stderr.strip().splitlines()[-1]
-    assert error.startswith("ImportError: varstream.integrations.transformers needs transformers")
-    assert 'pip install "varstream[hf]"' in error
-
-
-def test_a_transformers_with_other_mask_functions_is_refused():
-    code = "import transformers.masking_utils as m; m.sdpa_mask = lambda cache_position: None\n"
-    error = run(code + "import varstream.integrations.transformers").stderr.strip().splitlines()[-1]
-    assert error.startswith("ImportError: varstream.integrations.transformers needs a transformers")
-    assert f"got {transformers.__version__}" in error
