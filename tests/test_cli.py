@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
+import varstream
 from varstream.cli import app, bench, errors, info
 
 COMMANDS = ("info", "demo", "plan", "verify", "bench")
@@ -202,7 +205,7 @@ def test_info_tells_what_is_missing(monkeypatch):
     monkeypatch.setattr(
         info, "find_spec", lambda name: None if name in ("transformers", "tokenizers") else object()
     )
-    packages, features = info._packages(), info._features_of(info.FEATURES)
+    packages, features = info._packages(), info._features()
     assert packages["transformers"]["version"] is None
     assert features["vs.stream, varstream verify"] == "needs: pip install transformers"
     assert features["varstream demo"] == "needs: pip install transformers tokenizers"
@@ -210,8 +213,19 @@ def test_info_tells_what_is_missing(monkeypatch):
 
 
 def test_info_says_what_this_version_lacks():
-    rows = (("an attribute", "varstream:nothing", ()), ("a module", "varstream.nothing", ()))
-    assert set(info._features_of(rows).values()) == {"not in this version"}
+    rows = (
+        ("an attribute", "varstream:nothing", ()),
+        ("a module", "varstream.nothing", ()),
+        ("a module of it", "varstream.nothing.at_all", ()),
+    )
+    assert set(info._features(rows).values()) == {"not in this version"}
+
+
+def test_info_knows_every_integration():
+    folder = Path(varstream.__file__).parent / "integrations"
+    modules = {m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_")}
+    places = {place for _, place, _ in info.FEATURES}
+    assert {f"varstream.integrations.{name}" for name in modules} <= places
 
 
 def test_info_imports_no_package_to_look_at_it():
