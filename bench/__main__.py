@@ -177,6 +177,10 @@ def _run_all(
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
+            if why := case.needs(where.type):
+                print(f"{case.name}: left out, {why}", flush=True)
+                progress.advance(task)
+                continue
 
             def say(phase: str, name: str = case.name) -> None:
                 progress.update(task, description=f"{name}: {phase}")

@@ -46,8 +46,8 @@ def validate(document: Any, where: str) -> Document:
         while first.context:  # the alternatives of a oneOf: the deepest says most
             first = max(first.context, key=lambda e: len(e.path))
         message = " ".join(first.message.split())
-        if len(message) > 160:
-            message = message[:157] + "..."
+        if len(message) > 160:  # the message holds the value; the rule alone says enough
+            message = f"breaks the rule {first.validator}: {first.validator_value}"
         raise BenchError(f"{where}: {first.json_path}: {message}")
     for name, entry in document["cases"].items():
         if entry["environment"]["device"] != document["device"]:

@@ -9,6 +9,7 @@ from ..results import BenchError
 from . import (
     attention,
     batching,
+    encoder,
     head,
     head_peers,
     imports,
@@ -27,6 +28,7 @@ TOPICS = (
     head_peers,
     logprobs,
     objectives,
+    encoder,
     streaming,
     batching,
     imports,
