@@ -313,13 +313,14 @@ def test_output_pickles_and_copies_as_the_plain_class():
 
 def test_logits_of_changed_weights_are_refused():
     model = fuse_head(make_twin())
-    early, late = model(**batch()), model(**batch())
+    early, late, used = model(**batch()), model(**batch()), model(**batch())
     lazy = dict(late.items())["logits"]
+    total = dict(used.items())["logits"].sum()
     before = early.logits.clone()
     with torch.no_grad():
         model.lm_head.weight.mul_(2.0)
     assert torch.equal(early.logits, before)
-    for read in (lambda: late.logits, lambda: lazy.sum()):
+    for read in (lambda: late.logits, lambda: lazy.sum(), lambda: total.backward()):
         with pytest.raises(RuntimeError, match="read after lm_head.weight.*changed in place"):
             read()
     model = fuse_head(make_twin())

@@ -55,6 +55,15 @@ class Projection:
                 self.values = self.of(self.hidden, self.weight, self.bias)
         return self.values
 
+    def detached(self, needs: tuple[bool, ...]) -> list[Tensor | None]:
+        """hidden, weight and bias as leaves, those that need it with a gradient."""
+        self._check_unchanged()
+        operands = self.hidden, self.weight, self.bias
+        return [
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in zip(operands, needs, strict=True)
+        ]
+
     def of(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The formula, with the casts spelled out: it may run where autocast is off."""
         with torch.autocast(hidden.device.type, enabled=False):
@@ -86,22 +95,19 @@ class _Project(torch.autograd.Function):
     def forward(
         ctx: Any, projection: Projection, hidden: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
-        ctx.projection = projection.of
-        ctx.save_for_backward(hidden, weight, bias)
+        # Not save_for_backward: activation offloading would carry off a weight nobody may ask for.
+        ctx.projection = projection
         return LazyLogits(projection, projection.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         needs = ctx.needs_input_grad[1:]
-        operands = [
-            None if t is None else t.detach().requires_grad_(need)
-            for t, need in zip(ctx.saved_tensors, needs, strict=True)
-        ]
+        operands = ctx.projection.detached(needs)
         with torch.enable_grad():
-            logits = ctx.projection(*operands)
+            logits = ctx.projection.of(*operands)
         leaves = [t for t, need in zip(operands, needs, strict=True) if need]
-        found = iter(torch.autograd.grad(logits, leaves, grad))  # type: ignore[arg-type]
+        found = iter(torch.autograd.grad(logits, leaves, grad))
         return None, *(next(found) if need else None for need in needs)
 
 
