@@ -44,6 +44,7 @@ WRONG = {
     "demo_value": (["demo", "--steps", "x"], "varstream demo: invalid value for '--steps'"),
     "demo_range": (["demo", "--budget", "0"], "varstream demo: invalid value for '--budget'"),
     "demo_no_value": (["demo", "--data"], "varstream demo: option '--data' requires an argument;"),
+    "plan_option": (["plan", "--nope"], "varstream plan: no such option: --nope"),
     "info_argument": (["info", "extra"], "varstream info: got unexpected extra argument"),
     "verify_argument": (["verify"], "varstream verify: missing argument 'CONFIG'; try:"),
     "verify_tokens": (["verify", "x", "--tokens", "31"], "invalid value for '--tokens'"),

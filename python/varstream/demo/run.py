@@ -36,11 +36,6 @@ def run(settings: Settings, store: Store, report: Report) -> Comparison:
     with report.console.status("Reading and tokenizing"):
         corpus = load_corpus(settings)  # may refuse --data, so nothing is printed before
     report.note(_device_note(device))
-    if settings.tiny:
-        report.note(
-            "Quick run: it shows that everything works, but is too small to show the memory gain; "
-            "leave out --quick for that."
-        )
 
     report.heading("Corpus")
     about["corpus"] = {"source": corpus.source, **corpus.statistics()}
@@ -77,6 +72,8 @@ def run(settings: Settings, store: Store, report: Report) -> Comparison:
     store.json("comparison.json", {**about, **result.as_json()})
     store.text("comparison.md", result.markdown())
     _print_result(result, store, report, time.perf_counter() - began)
+    if settings.tiny:
+        report.note("These sizes are too small to show the memory gain: leave out --quick for it.")
     return result
 
 
