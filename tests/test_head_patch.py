@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import FAMILIES, VOCAB, loss_and_gradients, make_model, make_twin
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, Trainer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -440,20 +441,43 @@ def test_trainer_evaluation(tmp_path, computed):
         assert results[1][key] == pytest.approx(results[0][key], rel=1e-5)
 
 
-def test_data_parallel():
+@pytest.fixture
+def group():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel(group):
     """DDP looks for unused parameters in the graph behind the outputs."""
     dense, fused = pair(make_twin())
     inputs = batch()
     _, grads = loss_and_gradients(dense, **inputs)
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(fused, find_unused_parameters=True)
-        wrapped(**inputs).loss.backward()
-    finally:
-        torch.distributed.destroy_process_group()
+    wrapped = nn.parallel.DistributedDataParallel(fused, find_unused_parameters=True)
+    wrapped(**inputs).loss.backward()
     got = ((n, p.grad) for n, p in fused.named_parameters())
     assert worst_gradient(got, grads)[1] <= 1e-12
+
+
+def test_sharded(group):
+    """FSDP2 gathers the root's weights for the root's forward; a head sharded alone is refused."""
+    dense, fused = pair(make_twin())
+    inputs = batch()
+    _, grads = loss_and_gradients(dense, **inputs)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    for layer in fused.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(fused, mesh=mesh)
+    output = fused(**inputs)
+    output.loss.backward()
+    got = ((n, p.grad.full_tensor()) for n, p in fused.named_parameters())
+    assert worst_gradient(got, grads)[1] <= 1e-12
+    assert torch.equal(fused(**inputs).logits, dense(**inputs).logits)
+    alone = fuse_head(make_twin())
+    fully_shard(alone.lm_head, mesh=mesh)
+    with pytest.raises(UnsupportedModelError, match="lm_head is a FSDPLinear"):
+        alone(**inputs)
 
 
 # --- refusals -------------------------------------------------------------------------------------
