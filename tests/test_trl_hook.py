@@ -164,6 +164,9 @@ def test_call_errors():
     inputs = operands()
     with pytest.raises(ValueError, match="outputs must be among entropy.*got 'varentropy'"):
         LogProbs.apply(*inputs, 1.0, 16, None, 1.0, ("entropy", "varentropy"))
+    targets = torch.full((N,), V)  # TRL's own returns minus the log-sum-exp here
+    with pytest.raises(ValueError, match=rf"target must hold classes in \[0, {V}\)"):
+        LogProbs.apply(*inputs[:3], targets, 1.0, 16)
     inputs[1].ds_id = 3
     with pytest.raises(ValueError, match="weight is partitioned by DeepSpeed ZeRO-3"):
         LogProbs.apply(*inputs, 1.0, 16)
