@@ -1,4 +1,4 @@
-"""The row-wise parts of an encoder layer: exact in float64, no worse than torch in low precision."""
+"""An encoder layer's row-wise parts: exact in float64, no worse than torch in low precision."""
 
 import pytest
 import torch

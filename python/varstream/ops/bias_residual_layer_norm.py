@@ -65,8 +65,8 @@ def bias_residual_layer_norm(
 
     Source: layer normalisation (Ba et al., 2016); the fusion is ByteTransformer's (2210.03052).
     """
-    tensors = _autocast(x, bias, residual, weight, ln_bias)
-    call = _check(*tensors, eps)
+    x, bias, residual, weight, ln_bias = _autocast(x, bias, residual, weight, ln_bias)
+    call = _check(x, bias, residual, weight, ln_bias, eps)
     y: Tensor = torch.ops.varstream.bias_residual_layer_norm(*call)[0]
     return y
 

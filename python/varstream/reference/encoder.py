@@ -7,7 +7,7 @@ the whole input exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def layer_norm_backward(
     weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    need: tuple[bool, bool, bool, bool],
+    need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``layer_norm_forward``; the sum is formed again from the inputs.
 
@@ -128,7 +128,7 @@ def linear_gelu_backward(
     weight: Tensor,
     pre: Tensor,
     approximate: str,
-    need: tuple[bool, bool, bool],
+    need: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``linear_gelu_forward``.
 
