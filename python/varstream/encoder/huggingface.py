@@ -210,7 +210,7 @@ def _pack(
         x = check_tensor("input_ids", ids, ndim=2, dtypes=INTEGERS, layout="(B, S)")
     else:
         x = check_tensor("inputs_embeds", embeds, ndim=3, dtypes=FLOATING, layout="(B, S, d)")
-    shape = batch, _ = x.shape[:2]
+    shape = x.shape[:2]
     mask = given.get("attention_mask")
     if mask is None:
         mask = torch.ones(shape, dtype=torch.bool, device=x.device)
@@ -223,7 +223,7 @@ def _pack(
         positions = default_positions(backbone, ids, embeds)
     else:
         check_tensor("position_ids", positions, dtypes=INTEGERS, device=x.device)
-        if positions.dim() != 2 or positions.shape[0] not in (1, batch):
+        if tuple(positions.shape) not in (tuple(shape), (1, shape[1])):
             raise ValueError(
                 f"position_ids must have shape {tuple(shape)} or (1, {shape[1]}), "
                 f"got {tuple(positions.shape)}"
