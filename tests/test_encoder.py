@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 
 import pytest
@@ -19,6 +20,9 @@ from encoder_models import (
     make,
     twins,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Trainer, TrainingArguments
 
 import varstream as vs
 from varstream.encoder import padding_free, restore_padding
@@ -93,6 +97,21 @@ def test_rows_that_are_all_padding():
     only = ours(**{name: value[:1] for name, value in inputs.items()})
     only.last_hidden_state.sum().backward()
     assert (only.last_hidden_state == 0).all()
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**30))
+def test_any_mask(rows, columns, seed):
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.randint(2, (rows, columns), generator=generator)
+    dense, ours = twins("BertModel", num_hidden_layers=1, pooler=False)
+    some = mask.any(1)
+    inputs = batch(mask)
+    got = ours(**inputs).last_hidden_state
+    assert (got[mask == 0] == 0).all()
+    if some.any():
+        want = dense(**{name: value[some] for name, value in inputs.items()}).last_hidden_state
+        assert_exact(got[mask != 0], want[mask[some] != 0])
 
 
 @pytest.mark.parametrize("prefix", ["Bert", "Roberta", "DistilBert"])
@@ -387,6 +406,50 @@ def test_deepcopy_and_pickle():
             other.electra.embeddings.word_embeddings.weight.zero_()
         assert torch.equal(ours(**inputs).logits, want)
         restore_padding(other)
+
+
+def test_signatures_stay():
+    """Trainers read them to see which columns a model takes."""
+    dense, ours = twins("BertForSequenceClassification")
+    for name, module in ours.named_modules():
+        if "forward" in module.__dict__:
+            want = inspect.signature(dense.get_submodule(name).forward)
+            assert list(inspect.signature(module.forward).parameters) == list(want.parameters)
+
+
+def test_trainer(tmp_path):
+    """transformers' Trainer takes the same steps, with gradient checkpointing too."""
+    mask = torch.arange(8) < (3 + torch.arange(12) % 5)[:, None]
+    ids = torch.randint(2, VOCAB, mask.shape)
+    rows = [
+        {"input_ids": i, "attention_mask": m.long(), "labels": n % 3}
+        for n, (i, m) in enumerate(zip(ids, mask, strict=True))
+    ]
+    losses = []
+    for model in twins("BertForSequenceClassification", torch.float32):
+        options = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=4,
+            max_steps=3,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+            gradient_checkpointing=hasattr(model, "_varstream_padding_free"),
+        )
+        trainer = Trainer(model, options, train_dataset=rows)
+        trainer.train()
+        losses.append([h["loss"] for h in trainer.state.log_history if "loss" in h])
+    assert len(losses[0]) == 3 and losses[0][0] != losses[0][2]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_compiled_around():
+    """The encoder itself stays outside compiled graphs."""
+    _, ours = twins("BertForMaskedLM")
+    inputs = batch(FIRST_KEPT)
+    assert_exact(torch.compile(ours, backend="aot_eager")(**inputs).logits, ours(**inputs).logits)
 
 
 def test_layers_alone_run_their_own_forward():

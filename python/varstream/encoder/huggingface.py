@@ -93,8 +93,7 @@ def padding_free(model: Any) -> Any:
     forwards[backbone] = _backbone_forward
     for module, forward in forwards.items():
         module.__dict__[_STATE] = state
-        # A partial of a module-level function: survives deepcopy and pickle.
-        module.forward = partial(forward, module)
+        module.forward = _bound(forward, module)
     return model
 
 
@@ -123,6 +122,17 @@ def restore_padding(model: Any) -> Any:
 # --- the replaced forwards ------------------------------------------------------------------------
 
 
+def _bound(forward: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+    """``forward`` as a method of ``module``, with the signature of its own: trainers read which
+    columns a model takes. A partial of a module-level function survives deepcopy and pickle, and so
+    does a signature without annotations."""
+    method: Any = partial(forward, module)
+    _, *parameters = _signature(type(module).forward).parameters.values()
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
+    method.__signature__ = inspect.Signature(bare)
+    return method
+
+
 @cache
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
@@ -137,8 +147,13 @@ def _arguments(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
 
 def _head_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """The head's own forward, after a look at what it would read from padding."""
-    check_call(getattr(self, _STATE).head, _arguments(self, args, kwargs))
+    _check_head_call(self, args, kwargs)
     return type(self).forward(self, *args, **kwargs)
+
+
+@torch._disable_dynamo  # it looks at values
+def _check_head_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    check_call(getattr(model, _STATE).head, _arguments(model, args, kwargs))
 
 
 def _layer_forward(self: Any, *args: Any, rows: Rows | None = None, **kwargs: Any) -> Any:
