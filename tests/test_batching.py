@@ -13,6 +13,7 @@ from varstream import batching
 
 BF16 = torch.ones(1, dtype=torch.bfloat16)
 PACKERS = [batching.best_fit_decreasing, batching.first_fit_decreasing, batching.next_fit]
+ALL_PACKERS = [*PACKERS, batching.lpfhp]
 
 
 @st.composite
@@ -79,7 +80,7 @@ def test_packers_equal_their_definitions(problem):
 
 
 @settings(deadline=None, max_examples=100)
-@given(problems(), st.sampled_from(PACKERS), st.integers(0, 3))
+@given(problems(), st.sampled_from(ALL_PACKERS), st.integers(0, 3))
 def test_invariants(problem, packer, seed):
     lengths, capacity, depth = problem
     for packing in (
@@ -117,7 +118,7 @@ def test_fill_on_a_heavy_tail():
     assert packing.fill > 0.999
 
 
-@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("packer", ALL_PACKERS)
 def test_nothing_to_pack(packer):
     packing = packer([], 8)
     assert len(packing.bins) == 0
@@ -158,7 +159,7 @@ def test_shuffle_is_seeded_and_keeps_bins():
     assert sorted(as_lists(one)) == sorted(as_lists(packing)) != as_lists(one)
 
 
-@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("packer", ALL_PACKERS)
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [

@@ -46,4 +46,22 @@ STABLE_TORCH_LIBRARY(varstream, m) {
       "float logit_scale, float softcap, float temperature, SymInt chunk_size, "
       "bool need_input_grad, bool need_weight_grad, bool need_bias_grad) -> "
       "(Tensor dinput, Tensor dweight, Tensor dbias)");
+
+  // The encoder layer's row-wise parts. Rows are every dimension but the last; a gradient that is
+  // not needed comes back empty.
+  m.def(
+      "bias_residual_layer_norm(Tensor x, Tensor? bias, Tensor? residual, Tensor? weight, "
+      "Tensor? ln_bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "bias_residual_layer_norm_bwd(Tensor dy, Tensor x, Tensor? bias, Tensor? residual, "
+      "Tensor? weight, Tensor mean, Tensor rstd, bool need_input_grad, bool need_bias_grad, "
+      "bool need_weight_grad, bool need_ln_bias_grad) -> "
+      "(Tensor dx, Tensor dbias, Tensor dweight, Tensor dln_bias)");
+  m.def(
+      "linear_bias_gelu(Tensor x, Tensor weight, Tensor? bias, str approximate, bool keep_pre) -> "
+      "(Tensor y, Tensor pre)");
+  m.def(
+      "linear_bias_gelu_bwd(Tensor dy, Tensor x, Tensor weight, Tensor pre, str approximate, "
+      "bool need_input_grad, bool need_weight_grad, bool need_bias_grad) -> "
+      "(Tensor dx, Tensor dweight, Tensor dbias)");
 }
