@@ -190,11 +190,14 @@ def _layer_backward(m: ModelShape, step: Step, chunk: int, index: int) -> list[M
         DKV: 2 * n * m.kv_width * a,
     }
     rows, later = min(chunk, n), min(chunk, n - chunk)
-    moments = _chunk_backward(m, step, g, base, rows, not step.reverse)
+    begin, inside = [(min(rows, step.longest), 0)], _later_spans(step, chunk, later)
+    if step.reverse:
+        begin = inside = begin + inside
+    moments = _chunk_backward(m, g, base, rows, _tiles(m, step, begin))
     if later > 0:
         grown = base | {SUMS: g.rest * a}
         largest = rows if step.reverse else later
-        moments += _chunk_backward(m, step, g, grown, largest, False)
+        moments += _chunk_backward(m, g, grown, largest, _tiles(m, step, inside))
     sums = g.rest if later <= 0 else g.all
     kv = m.hidden * _norm_work(m) + 2 * m.kv_width * es * (1 if es == a else 2)
     y = rows * m.hidden * es
@@ -209,7 +212,7 @@ def _layer_backward(m: ModelShape, step: Step, chunk: int, index: int) -> list[M
 
 
 def _chunk_backward(
-    m: ModelShape, step: Step, g: LayerGradients, base: dict[str, int], rows: int, first: bool
+    m: ModelShape, g: LayerGradients, base: dict[str, int], rows: int, tiles: int
 ) -> list[Moment]:
     """One chunk: MLP, second norm, attention, first norm. Parameter gradients pile up on the way;
     y lives to the end, and a residual's gradient while its branch runs back."""
@@ -220,12 +223,10 @@ def _chunk_backward(
     attend = before + 2 * d + q + m.q_width * m.acc
     end = 2 * d + m.hidden * _norm_work(m)
     found = g.down + g.gate_up
-    # The first rows of all have no keys before them.
-    tiles = {TILES: _tiles(m, step, rows, min(rows, step.longest) if first else step.longest)}
     return [
         _moment("MLP", base, rows * mlp, g.down * es),
         _moment("MLP's norm", base, rows * norm, found * es),
-        _moment("attention", base | tiles, rows * attend, (found + g.attention // 2) * es),
+        _moment("attention", base | {TILES: tiles}, rows * attend, (found + g.attention // 2) * es),
         _moment("end of a chunk", base, rows * end, g.rest * es),
     ]
 
@@ -256,26 +257,42 @@ def _before_mlp(m: ModelShape) -> int:
     return _norm_saved(m) + 2 * m.head_dim * es + q + m.q_width * es + m.heads * m.acc
 
 
-def _tiles(m: ModelShape, step: Step, rows: int, keys: int) -> int:
-    """The attention backward's tiles: dq, dk, dv of one and of the one before, and workspace.
+# --- attention of a chunk -------------------------------------------------------------------------
 
-    A chunk of ``rows`` may meet a document of ``keys`` with any of its rows: the worst counts.
-    """
+Span = tuple[int, int]  # rows of a chunk in one document, the document's keys before them
+
+
+def _later_spans(step: Step, chunk: int, rows: int) -> list[Span]:
+    """Spans of the chunks after the first that can be the largest; no chunk has more than
+    ``rows``."""
+    keys = step.longest
+    if rows <= 0:
+        return []
+    if keys == step.tokens:  # one document: the last chunk, and the last full one
+        begin = (keys - 1) // chunk * chunk
+        return [(keys - begin, begin)] + ([(chunk, begin - chunk)] if begin > chunk else [])
+    # Chunk edges fall anywhere: the worst split of the longest document. In strips, or whole at
+    # the corners of what is linear piece by piece in the rows.
     rows = min(rows, keys)
-    border = min(rows, attention.FLASH_BORDER_ROWS)
+    whole, tile = min(rows, keys // 2), attention.FLASH_KEYS
+    corners = {whole, keys - tile, keys - tile - 1, keys - 2 * tile}
+    strips = (rows, min(rows - 1, keys - rows))
+    return [strips, *((r, keys - r) for r in sorted(corners) if 0 < r <= whole)]
+
+
+def _tiles(m: ModelShape, step: Step, spans: list[Span]) -> int:
+    """The attention backward's tiles: dq, dk, dv of one and of the one before, and workspace."""
     pieces = [0]
-    if m.full_attention:
-        # A chunk goes in strips while fewer keys precede it than it has rows, else in one piece.
-        strip = min(rows, max(border, rows // 4))
-        pieces.append(_pair(m, strip, min(2 * rows - 1, keys) - border, border))
-        whole = min(rows, keys // 2)
-        tile = attention.FLASH_KEYS
-        corners = {whole, keys - tile, keys - tile - 1, keys - 2 * tile}  # of a piecewise linear
-        pieces += [_pair(m, r, keys - r, border) for r in corners if 0 < r <= whole]
-    if m.window is not None:
-        pieces.append(_pair(m, border, min(m.window, keys), border))
-        pieces.append(_edge(m, border))
-    block = min(_FLASH_Q, rows) * min(_FLASH_K, keys)
+    for rows, before in spans:
+        border = min(rows, attention.FLASH_BORDER_ROWS)
+        if m.full_attention and before >= rows:
+            pieces.append(_pair(m, rows, before, border))
+        elif m.full_attention:  # in strips while fewer keys precede the rows than there are rows
+            pieces.append(_pair(m, max(border, rows // 4), before + rows - border, border))
+        if m.window is not None:
+            pieces.append(_pair(m, border, min(m.window, rows + before), border))
+            pieces.append(_edge(m, border))
+    block = min(_FLASH_Q, step.longest) * min(_FLASH_K, step.longest)
     copies = 2 * m.acc + (2 * m.itemsize if m.itemsize < m.acc else 0)
     return max(pieces) + step.threads * block * copies
 

@@ -109,7 +109,7 @@ def describe(model: Any, *, head: bool = True) -> ModelShape:
     return describe_parts(model.model, model.lm_head if head else None)
 
 
-def describe_parts(backbone: Any, lm_head: nn.Module | None) -> ModelShape:
+def describe_parts(backbone: Any, lm_head: Any) -> ModelShape:
     """``describe`` for parts that have been checked."""
     config = backbone.config
     layers = list(backbone.layers)[: config.num_hidden_layers]
