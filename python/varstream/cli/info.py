@@ -41,6 +41,7 @@ FEATURES = (
     ("varstream.objectives", "varstream.objectives", ()),
     ("vs.stream_layer", "varstream:stream_layer", ()),
     ("vs.stream, varstream verify", "varstream:stream", ("transformers",)),
+    ("vs.padding_free", "varstream:padding_free", ("transformers",)),
     ("vs.plan_memory, varstream plan", "varstream:plan_memory", ()),
     ("varstream.batching", "varstream.batching", ()),
     ("varstream demo", "varstream.demo", ("transformers", "tokenizers", "matplotlib")),
