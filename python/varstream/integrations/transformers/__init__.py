@@ -1,4 +1,4 @@
-"""``attn_implementation="varstream"`` for Hugging Face models.
+"""``attn_implementation="varstream"`` and the fused head for Hugging Face models.
 
 Importing this module registers an attention function and, with it, a mask function of our own: an
 implementation without one silently gets no mask at all, and FlashAttention's drops custom masks.
@@ -11,6 +11,7 @@ try:
     from transformers.masking_utils import sdpa_mask
 
     from varstream.integrations.transformers.attention import varstream_attention
+    from varstream.integrations.transformers.head import fuse_head, unfuse_head
     from varstream.integrations.transformers.masks import RowMask, varstream_mask
 except ImportError as error:
     raise ImportError(
@@ -27,4 +28,4 @@ if "q_offset" not in inspect.signature(sdpa_mask).parameters:
 AttentionInterface.register("varstream", varstream_attention)
 AttentionMaskInterface.register("varstream", varstream_mask)
 
-__all__ = ["RowMask", "varstream_attention", "varstream_mask"]
+__all__ = ["RowMask", "fuse_head", "unfuse_head", "varstream_attention", "varstream_mask"]
