@@ -98,11 +98,17 @@ class Sequences(Tokens):
         )
 
 
+def widened(logp: Any) -> Tensor:
+    """Check ``logp`` (N,) floating and return it in acc dtype."""
+    check_tensor("logp", logp, ndim=1, dtypes=FLOATING, layout="(N,)")
+    return logp.to(acc_dtype(logp.dtype))
+
+
 def tokens(logp: Any, mask: Any) -> Tokens:
     """Check ``logp`` (N,) floating and ``mask`` (N,) bool."""
-    check_tensor("logp", logp, ndim=1, dtypes=FLOATING, layout="(N,)")
+    logp = widened(logp)
     mask = check_mask("mask", mask, logp)
-    return Tokens(torch.where(mask, logp.to(acc_dtype(logp.dtype)), 0.0), mask)
+    return Tokens(torch.where(mask, logp, 0.0), mask)
 
 
 def check_mask(name: str, mask: Any, rows: Tensor) -> Tensor:

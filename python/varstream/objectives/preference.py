@@ -20,6 +20,7 @@ from varstream.objectives._segments import (
     check_mask,
     check_positive,
     sequences,
+    widened,
 )
 
 Normalizer = int | float | Tensor | None
@@ -196,6 +197,7 @@ def orpo(
     Source: ORPO, arXiv 2403.07691. TRL: experimental ``ORPOTrainer``, whose likelihood covers
     prompt and completion (``nll_mask``).
     """
+    logp = widened(logp)  # once: the gradients of both terms meet in acc dtype
     seq = _pairs(logp, mask, cu_seqlens)
     beta = check_positive("beta", beta)
     chosen_length, rejected_length = _split(seq.lengths)
