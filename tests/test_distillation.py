@@ -347,8 +347,7 @@ def test_never_holds_all_logits(beta, reduction):
 
 
 def test_automatic_chunk_is_half():
-    from varstream.reference.cross_entropy import Head
-    from varstream.reference.head import auto_chunk_size
+    from varstream.reference.head import Head, auto_chunk_size
 
     head = Head(torch.zeros(8000, 1), None, 1.0, 0.0, 1.0)
     assert reference.chunk_rows(0, head) == auto_chunk_size(8000, 4) // 2 == 256

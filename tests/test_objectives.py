@@ -295,7 +295,7 @@ def test_offsets_that_end_early_on_a_device(monkeypatch):
     assert torch.equal(longer, CASES["grpo"][0](d.logp, d))
 
 
-@pytest.mark.parametrize("case", ["dpo", "grpo", "gspo", "orpo", "kto"])
+@pytest.mark.parametrize("case", ["orpo", "gspo"])
 def test_compiles_whole_and_once(case):
     call, formula = CASES[case]
     torch._dynamo.reset()  # the cases share one code object
