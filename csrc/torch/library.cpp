@@ -64,4 +64,15 @@ STABLE_TORCH_LIBRARY(varstream, m) {
       "linear_bias_gelu_bwd(Tensor dy, Tensor x, Tensor weight, Tensor pre, str approximate, "
       "bool need_input_grad, bool need_weight_grad, bool need_bias_grad) -> "
       "(Tensor dx, Tensor dweight, Tensor dbias)");
+
+  // Divergence of a student's head from a teacher's, chunk by chunk. The gradients are those of
+  // loss_sum = sum(token_weight * losses) over the rows in mask.
+  m.def(
+      "linear_distillation(Tensor input, Tensor linear_weight, Tensor? linear_bias, "
+      "Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, Tensor? mask, "
+      "Tensor? token_weight, float beta, float temperature, float logit_scale, float softcap, "
+      "float teacher_logit_scale, float teacher_softcap, SymInt chunk_size, "
+      "bool need_input_grad, bool need_weight_grad, bool need_bias_grad) -> "
+      "(Tensor losses, Tensor loss_sum, Tensor valid_count, Tensor dinput, Tensor dweight, "
+      "Tensor dbias)");
 }
