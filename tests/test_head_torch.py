@@ -35,14 +35,16 @@ def test_opcheck_loss(scaling, needs):
     for leaf, need in zip(p.leaves, needs, strict=True):
         leaf.requires_grad_(need)
     call = call_of(p, scaling)
-    torch.library.opcheck(torch.ops.varstream.linear_cross_entropy.default, (*call, *needs))
+    op = torch.ops.varstream.linear_cross_entropy.default
+    torch.library.opcheck(op, (*call, *[None] * 4, False, *needs))
 
 
 @pytest.mark.parametrize("return_entropy", [False, True])
 @pytest.mark.parametrize("scaling", ["plain", "all"])
 def test_opcheck_logprobs(scaling, return_entropy):
     call = call_of(problem(ignored=[3]), scaling)
-    torch.library.opcheck(torch.ops.varstream.token_logprobs.default, (*call, return_entropy))
+    flags = (return_entropy, False, False, False)
+    torch.library.opcheck(torch.ops.varstream.token_logprobs.default, (*call, None, *flags))
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)], ids=str)
@@ -51,11 +53,11 @@ def test_opcheck_logprobs_backward(scaling, needs):
     p = problem(ignored=[3])
     call = call_of(p, scaling)
     with torch.no_grad():
-        logp, entropy, lse = torch.ops.varstream.token_logprobs(*call, True)
-    saved = (*(t.detach() for t in p.leaves), p.target, lse, entropy)
-    upstream = torch.randn_like(logp), torch.randn_like(entropy)
+        logp, entropy, *_ = torch.ops.varstream.token_logprobs(*call, None, True, *[False] * 3)
+    saved = (entropy, *(t.detach() for t in p.leaves), *call[3:])
+    upstream = torch.randn_like(logp), torch.randn_like(entropy), None, None
     torch.library.opcheck(
-        torch.ops.varstream.token_logprobs_bwd.default, (*upstream, *saved, *call[4:], *needs)
+        torch.ops.varstream.token_logprobs_bwd.default, (*upstream, *saved, None, *needs)
     )
 
 
