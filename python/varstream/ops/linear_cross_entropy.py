@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +26,52 @@ class CrossEntropyMetrics(NamedTuple):
     accuracy: Tensor  # () acc dtype, share of valid targets that are the argmax of their row
     argmax: Tensor  # (N,) int64, -1 at ignored rows
     logp: Tensor  # like target, acc dtype, log p(target), 0 where ignored
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    reduction: str = ...,
+    ignore_index: int | None = ...,
+    label_smoothing: float = ...,
+    logit_scale: float = ...,
+    softcap: float = ...,
+    temperature: float = ...,
+    z_loss: float = ...,
+    token_weight: Tensor | None = ...,
+    normalizer: int | float | Tensor | None = ...,
+    options: Any = ...,
+    chunk_size: int | None = ...,
+    return_metrics: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    reduction: str = ...,
+    ignore_index: int | None = ...,
+    label_smoothing: float = ...,
+    logit_scale: float = ...,
+    softcap: float = ...,
+    temperature: float = ...,
+    z_loss: float = ...,
+    token_weight: Tensor | None = ...,
+    normalizer: int | float | Tensor | None = ...,
+    options: Any = ...,
+    chunk_size: int | None = ...,
+    return_metrics: Literal[True],
+) -> tuple[Tensor, CrossEntropyMetrics]: ...
 
 
 def linear_cross_entropy(
@@ -161,7 +207,9 @@ def _reduced(
         z_factor = torch.full_like(terms.count, terms.z_loss, dtype=terms.acc)
         z_factor = z_factor if divisor is None else z_factor / rows
         z_scale = z_factor if divisor is None else z_factor * divisor
-    smooth = None if terms.smooth is None else terms.smooth.reshape(len(call.input), -1).sum(1)
+    smooth = terms.smooth
+    if smooth is not None and smooth.dim() == 2:
+        smooth = smooth.sum(1)  # of a row's targets: one sum over the classes serves them all
     scales = Scales(terms.smoothing_weight, terms.nll, smooth, z_scale)
     found = loss_sum(call, scales, return_metrics)
     loss = found.loss_sum if divisor is None else found.loss_sum / divisor

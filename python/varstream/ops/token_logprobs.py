@@ -63,8 +63,8 @@ def token_logprobs(
 
     Returns:
         ``log p[target]`` in the shape of ``target`` and float32 (float64 for float64 inputs),
-        natural log; with ``return_entropy`` a tuple of it and the entropy ``-sum p log p`` ``(N,)``;
-        with ``return_stats`` a ``TokenStats``. Log-probabilities, entropy and LSE are
+        natural log; with ``return_entropy`` a tuple of it and the entropy ``-sum p log p``
+        ``(N,)``; with ``return_stats`` a ``TokenStats``. Log-probabilities, entropy and LSE are
         differentiable once, with any upstream gradient; rows whose upstream gradients are 0 cost
         nothing in the backward.
 

@@ -17,6 +17,8 @@ from varstream.reference.head import (
     ClassSums,
     Head,
     auto_chunk_size,
+    cap_scratch,
+    logits_of,
     row_slices,
     softmax_in_place,
 )
@@ -105,9 +107,9 @@ def linear_cross_entropy(
     rows = select_rows(_live(valid, nll, smooth, keep=metrics or scales.lse_sq is not None))
     sums = None if smooth is None else ClassSums(head, scales.class_weight)
     size = chunk_rows(chunk_size, head)
-    loop = _Loop(head, scales.lse_sq, sums, any(needs), metrics)
     grads = Gradients(x, head, rows, needs, sums)
     buffer = chunk_buffer(head, rows, size)
+    loop = _Loop(head, buffer, scales.lse_sq, sums, any(needs), metrics)
     logp = buffer.new_zeros(valid.shape if metrics else (0,))
     argmax = torch.full(x.shape[:1] if metrics else (0,), -1, device=x.device)
     for part in rows.chunks(size):
@@ -143,6 +145,7 @@ class _Loop:
     def __init__(
         self,
         head: Head,
+        buffer: Tensor,
         z_scale: Tensor | None,
         sums: ClassSums | None,
         gradient: bool,
@@ -150,7 +153,8 @@ class _Loop:
     ) -> None:
         self.head, self.z_scale, self.sums = head, z_scale, sums
         self.gradient, self.metrics = gradient, metrics
-        self.loss = torch.zeros((), dtype=head.acc, device=head.weight.device)
+        self.scratch = cap_scratch(buffer, head)
+        self.loss = buffer.new_zeros(())
         self.lse_sq = torch.zeros_like(self.loss)
         self.logp: list[Tensor] = []  # of the chunk's blocks, with metrics
         self.argmax: list[Tensor] = []
@@ -159,19 +163,19 @@ class _Loop:
         """Add the losses of a chunk ``x`` (C, d); ``z`` (C, V), the product, turns into their
         gradient up to ``gradient_scale`` and the row factor (C,) that is returned (None for 1)."""
         capped, sums = self.head.softcap > 0, self.sums
-        class_sums = sums.of_rows(x) if sums is not None and not capped else None
+        class_sums: Tensor | None = None  # (C,) of the block; without a cap the block is the chunk
+        if sums is not None and not capped:
+            class_sums = sums.of_rows(x)
         factors: list[Tensor] = []
         for block in row_slices(z, capped):
             u, t_b, up_b = z[block], t[block], up[block]
-            p = u * self.head.cap_scale if capped else u
+            p = logits_of(u, self.head, self.scratch)
             if sums is not None and capped:
-                class_sums_b = sums.of_logits(p)
-            else:
-                class_sums_b = None if class_sums is None else class_sums[block]
+                class_sums = sums.of_logits(p)
             soft = softmax_in_place(p, t_b, self.metrics)
             self.loss += _weighted(-soft.logp, up_b.nll)
-            if sums is not None and class_sums_b is not None:
-                self.loss += _weighted(sums.weighted_nll(soft, class_sums_b), up_b.smooth)
+            if sums is not None and class_sums is not None:
+                self.loss += _weighted(sums.weighted_nll(soft, class_sums), up_b.smooth)
             if self.z_scale is not None:
                 lse_sq = soft.lse.square().sum()
                 self.lse_sq += lse_sq

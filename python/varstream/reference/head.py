@@ -21,7 +21,8 @@ from varstream._checks import acc_dtype
 CHUNK_LIMITS = {"cpu": (512, 256 << 20), "cuda": (2048, 1 << 30)}
 MIN_CHUNK_ROWS = 64
 
-# Elements of one row block of the softcap, entropy and statistics passes: their temporaries stay in the cache.
+# Elements of one row block of the softcap, entropy and statistics passes, whose temporaries stay in
+# the cache.
 _BLOCK_ELEMENTS = 1 << 19
 # Elements of one block of the weight: in the logits' product on the CPU, which runs a little faster
 # when that block and its logits stay in the cache, and where a low-precision weight is widened.
@@ -100,12 +101,29 @@ class Head:
             out.addmm_(g[:, start:stop], block, beta=beta, alpha=self.gradient_scale)
 
 
+def _block_rows(z: Tensor) -> int:
+    return max(1, _BLOCK_ELEMENTS // max(1, z.shape[1]))
+
+
 def row_slices(z: Tensor, split: bool) -> Iterator[slice]:
     """Rows of a chunk (C, V): in blocks that fit the cache if ``split``, else all of them."""
     rows = z.shape[0]
-    size = max(1, _BLOCK_ELEMENTS // max(1, z.shape[1])) if split else max(1, rows)
+    size = _block_rows(z) if split else max(1, rows)
     for start in range(0, rows, size):
         yield slice(start, min(start + size, rows))
+
+
+def cap_scratch(z: Tensor, head: Head) -> Tensor:
+    """Room for the logits of one block of ``row_slices`` while its tanh stays; (0, V) uncapped."""
+    size = _block_rows(z) if head.softcap > 0 else 0
+    return z.new_empty((min(size, z.shape[0]), z.shape[1]))
+
+
+def logits_of(product: Tensor, head: Head, scratch: Tensor) -> Tensor:
+    """The logits of a block from its product: the same tensor, or with a softcap in ``scratch``."""
+    if head.softcap == 0:
+        return product
+    return torch.mul(product, head.cap_scale, out=scratch[: product.shape[0]])
 
 
 class Softmax(NamedTuple):

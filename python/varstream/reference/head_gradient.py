@@ -81,7 +81,7 @@ def logit_gradient_(
 def _row_factor(
     nll: Tensor, total: Tensor, up: Upstream, sums: ClassSums | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The row factor ``a``, the same without zeros to divide by, and ``a - sum_k n_k``, all (C,)."""
+    """The row factor ``a``, the same with 1 for 0 to divide by, and ``a - sum_k n_k``; all (C,)."""
     rest, size = torch.zeros_like(total), nll.abs().sum(1)
     if up.smooth is not None:
         assert sums is not None
@@ -194,10 +194,10 @@ class Gradients:
         """Gradients of input (N, d), weight (V, d) and bias (V,), to be called once."""
         if self.sums is not None and not self.fresh:
             scale, weight = self.head.gradient_scale, self.sums.weight
-            if self.need_weight and weight is None:
-                self.weight.sub_(self.moment * scale)
-            elif self.need_weight:
+            if weight is None:
+                weight = self.columns.new_ones(()).expand(self.head.weight.shape[0])
+            if self.need_weight:
                 self.weight.addr_(weight, self.moment, alpha=-scale)
             if self.need_bias:
-                self.bias.sub_((self.mass if weight is None else self.mass * weight) * scale)
+                self.bias.addcmul_(weight, self.mass, value=-scale)
         return self.input, self.weight, self.bias

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from varstream.reference.cross_entropy import chunk_buffer, chunk_rows
-from varstream.reference.head import ClassSums, Head, Softmax, row_slices, softmax_in_place
+from varstream.reference.head import (
+    ClassSums,
+    Head,
+    Softmax,
+    cap_scratch,
+    logits_of,
+    row_slices,
+    softmax_in_place,
+)
 from varstream.reference.head_gradient import (
     Gradients,
     Upstream,
@@ -149,6 +157,7 @@ def token_logprobs_bwd(
     grads = Gradients(x, head, rows, needs, sums)
     size = chunk_rows(chunk_size, head)
     buffer = chunk_buffer(head, rows, size)
+    scratch = cap_scratch(buffer, head)
     capped = head.softcap > 0
     split = capped or up.entropy is not None
     for part in rows.chunks(size):
@@ -167,7 +176,7 @@ def token_logprobs_bwd(
         factors = []
         for block in row_slices(z, split):
             u, t_b = z[block], t[block]
-            p = u * head.cap_scale if capped else u
+            p = logits_of(u, head, scratch)
             soft = softmax_in_place(p, t_b)
             factors.append(logit_gradient_(p, soft, t_b, up_c[block], sums, capped))
             if capped:
