@@ -280,22 +280,24 @@ def test_common_offset_of_the_logits(reduction):
     assert_exact(grad[:, 1:], wanted[:, 1:], 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_row_factors_of_zero(reduction):
-    """Weights that cancel (or z and loss that nearly do) leave gradients at the targets only."""
-    p = problem(4, bias=False)
+def test_row_factors_of_zero(reduction, softcap, dtype):
+    """Weights that cancel leave gradients at a row's targets only, or none at all."""
+    tolerance = torch.finfo(dtype).eps * 16
+    p = problem(4, bias=False, dtype=dtype)
     p.target = torch.tensor([[1, 2], [3, 4], [5, 5], [6, 7]])
-    factors = torch.tensor([[1.0, -1.0], [2.0, -2.0], [1.0, -1.0], [0.0, 0.0]])
-    factors = factors.double()
-    loss = loss_of(p, reduction, token_weight=factors)
-    assert_same_loss(p, loss, dense(p, reduction, token_weight=factors))
-    weight = torch.ones(23, dtype=torch.float64)
-    weight[10:] = -10 / 13  # its sum is rounding only, so is the row factor of smoothing alone
-    options = {"weight": weight, "label_smoothing": 1.0, "normalizer": None}
-    options.pop("normalizer") if reduction != "mean" else options.update(normalizer=3.0)
-    for softcap in (0.0, 2.0):
-        loss = loss_of(p, reduction, softcap=softcap, **options)
-        assert_same_loss(p, loss, dense(p, reduction, softcap=softcap, **options))
+    factors = torch.tensor([[1.0, -1.0], [2.0, -2.0], [1.0, -1.0], [0.0, 0.0]], dtype=dtype)
+    options = {"token_weight": factors, "softcap": softcap}
+    loss = loss_of(p, reduction, **options)
+    assert_same_loss(p, loss, dense(p, reduction, **options), tolerance)
+    weight = torch.cat([torch.ones(10), torch.full((10,), -1.0), torch.zeros(3)]).to(dtype)
+    options = {"weight": weight, "label_smoothing": 1.0, "softcap": softcap}
+    if reduction == "mean":
+        options["normalizer"] = 3.0
+    loss = loss_of(p, reduction, **options)
+    assert_same_loss(p, loss, dense(p, reduction, **options), tolerance)
 
 
 def banned(p):
@@ -424,16 +426,21 @@ def test_other_layouts_and_dtypes(reduction):
     assert torch.equal(loss_of(p, reduction, chunk_size=5, **options), expected)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_autocast(reduction):
-    p = problem(dtype=torch.float32, ignored=[2])
-    options = options_of(p, EVERYTHING)
+def test_autocast(reduction, softcap):
+    """The operands are cast as for a linear layer, and nothing inside is."""
+    p = several_targets(problem(dtype=torch.float32, ignored=[2]))
+    options = options_of(p, EVERYTHING) | {"softcap": softcap}
     low = p.cast(torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = loss_of(p, reduction, **options)
-    assert torch.equal(loss, loss_of(low, reduction, **options))
-    loss.sum().backward()
-    assert p.weight.grad.dtype == torch.float32
+        found = torch.autograd.grad(loss.sum(), p.leaves)
+    expected = loss_of(low, reduction, **options)
+    assert torch.equal(loss, expected)
+    for ours, theirs in zip(found, torch.autograd.grad(expected.sum(), low.leaves), strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours.bfloat16(), theirs)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -194,7 +194,10 @@ class ClassSums:
 
     def of_logits(self, z: Tensor) -> Tensor:
         """``sum_c w_c z_c`` (C,) float64 from logits (C, V), which a softcap has bounded."""
-        return (z.sum(1) if self.weight is None else z.mv(self.weight)).double()
+        if self.weight is None:
+            return z.sum(1).double()
+        # An output of its own: autocast would round a plain product.
+        return torch.mv(z, self.weight, out=z.new_empty(z.shape[0])).double()
 
     def weighted_nll(self, soft: Softmax, sums: Tensor) -> Tensor:
         """``sum_c w_c (-log p_c)`` (C,) in acc dtype from ``sums``, the rows' ``sum_c w_c z_c``."""

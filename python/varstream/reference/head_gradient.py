@@ -169,7 +169,7 @@ class Gradients:
             ones = g.new_ones(g.shape[0]) if factor is None else factor
             self.bias.addmv_(g.t(), ones, beta=beta, alpha=scale)
         if smooth is not None:
-            self.moment += smooth @ x
+            self.moment.addmv_(x.t(), smooth)  # in place: autocast would round a plain product
             self.mass += smooth.sum()
 
     def _input_rows(
