@@ -346,6 +346,22 @@ def test_smoothing_over_a_banned_class_is_infinite_as_in_torch(reduction):
         assert_exact(ours, theirs)
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_banned_target_of_weight_zero(reduction):
+    """Its infinite loss counts for nothing, though z-loss keeps the row."""
+    p = problem(9)
+    with torch.no_grad():
+        p.bias[int(p.target[4])] = -torch.inf
+    factors = (p.target != p.target[4]).double()
+    options = {"token_weight": factors, "z_loss": 0.1}
+    loss = loss_of(p, reduction, chunk_size=4, **options)
+    q = problem(9)
+    q.input, q.weight, q.bias, q.target = p.input, p.weight, p.bias, p.target.clone()
+    q.target[factors == 0] = int(p.target[factors != 0][0])  # any class: its weight is 0
+    expected = dense(q, reduction, **options)
+    assert_same_loss(q, loss, expected)
+
+
 def test_bitwise_repeatable():
     p = several_targets(problem(130, 33, 501, dtype=torch.float32, ignored=[5]))
     options = options_of(p, EVERYTHING)
