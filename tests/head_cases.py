@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -143,6 +145,14 @@ FEATURES = {
     "softcap": lambda p: {"softcap": 2.5},
     "scaling": lambda p: {"logit_scale": -1.3, "temperature": 0.8},
 }
+
+
+EVERYTHING = tuple(FEATURES)
+
+
+def options_of(p: Problem, names: Iterable[str]) -> dict[str, Any]:
+    """The named features' options, merged."""
+    return {key: value for name in names for key, value in FEATURES[name](p).items()}
 
 
 def class_weight(p: Problem) -> Tensor:

@@ -65,8 +65,8 @@ def test_opcheck_logprobs_backward(scaling, needs):
 @pytest.mark.parametrize("scaling", ["plain", "all"])
 def test_opcheck_loss_with_every_scale(scaling, metrics):
     p = several_targets(problem(ignored=[3]))
-    # A positive loss, for opcheck's upstream gradient is its sign: the backward scales the gradients
-    # that the op has returned in place.
+    # A positive loss, for opcheck's upstream gradient is its sign, and the backward scales in place
+    # the gradients that the op has returned.
     scales = (torch.rand(23), torch.rand(16, 3), torch.rand(16), torch.tensor(0.3))
     scales = [s.double() for s in scales]
     op = torch.ops.varstream.linear_cross_entropy.default
@@ -195,3 +195,17 @@ def test_stats_compile_whole_and_once():
         assert_same(p, found[:3], (logp, entropy, lse))
         assert torch.equal(found.is_top1, p.target == p.logits().argmax(1))
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_meta_tensors(reduction):
+    x, weight = (torch.randn(n, 3, device="meta", requires_grad=True) for n in (4, 5))
+    target = torch.zeros(4, 2, dtype=torch.int64, device="meta")
+    options = {"z_loss": 0.1, "label_smoothing": 0.1, "reduction": reduction}
+    loss, metrics = vs.linear_cross_entropy(x, weight, target, return_metrics=True, **options)
+    assert loss.shape == ((4, 2) if reduction == "none" else ())
+    assert [m.shape for m in metrics] == [(), (), (4,), (4, 2)]
+    loss.sum().backward()
+    assert x.grad.shape == (4, 3) and weight.grad.shape == (5, 3)
+    stats = vs.token_logprobs(x, weight, target, return_stats=True)
+    assert [s.shape for s in stats] == [(4, 2), (4,), (4,), (4,), (4,), (4,), (4, 2)]

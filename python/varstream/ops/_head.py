@@ -132,7 +132,7 @@ def direct_call(name: str, *args: Any, **constants: tuple[Tensor | None, Any]) -
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     kind = tensors[0].device.type if tensors[0] is not None else "cpu"
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # autocast knows no meta device
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
