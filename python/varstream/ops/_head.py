@@ -9,6 +9,7 @@ from torch import Tensor
 
 from varstream._checks import (
     FLOATING,
+    INTEGERS,
     check_float,
     check_int,
     check_same_dtype,
@@ -64,12 +65,7 @@ def check_head(
         check_tensor("linear_bias", linear_bias, shape=(classes,), device=device, layout="(V,)")
     input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
     check_same_dtype(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
-    if isinstance(target, Tensor) and target.is_floating_point():
-        raise NotImplementedError(
-            "target as class probabilities is not supported; target must be int64 or int32 (N,)"
-        )
-    integers = (torch.int64, torch.int32)
-    check_tensor("target", target, shape=(rows,), dtypes=integers, device=device, layout="(N,)")
+    _check_target(target, rows, device)
     temperature = check_float("temperature", temperature, low=0.0)
     if temperature == 0.0:
         raise ValueError("temperature must be above 0, got 0.0")
@@ -86,21 +82,57 @@ def check_head(
     )
 
 
-def direct_call(name: str, *args: Any) -> HeadCall:
-    """The op's own checks: what the public call has checked already, a direct call has not."""
+def _check_target(target: Any, rows: int, device: torch.device) -> None:
+    """Class indices (N,) or (N, K)."""
+    layout = "(N,) or (N, K)"
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise ValueError(
+            f"target must hold class indices {layout}, int64 or int32: class probabilities are "
+            f"not supported, got {str(target.dtype).removeprefix('torch.')}"
+        )
+    check_tensor("target", target, dtypes=INTEGERS, device=device)
+    shape = tuple(target.shape)
+    if target.dim() not in (1, 2):
+        raise ValueError(f"target must have 1 or 2 dimensions {layout}, got shape {shape}")
+    if target.shape[0] != rows:
+        raise ValueError(f"target must have size {rows} in dimension 0 {layout}, got shape {shape}")
+
+
+def check_constant(name: str, value: Any, call: HeadCall, shape: Any, layout: str) -> Tensor | None:
+    """Check an optional floating tensor that no gradient goes to."""
+    if value is None:
+        return None
+    device = call.input.device
+    check_tensor(name, value, shape=shape, dtypes=FLOATING, device=device, layout=layout)
+    if value.requires_grad:
+        raise ValueError(
+            f"{name} must not require gradients: none are computed for it; detach it, "
+            "got requires_grad=True"
+        )
+    return value
+
+
+def direct_call(name: str, *args: Any, **constants: tuple[Tensor | None, Any]) -> HeadCall:
+    """The op's own checks: what the public call has checked already, a direct call has not.
+
+    ``args`` are HeadCall's; ``constants`` are further tensors with the shapes they must have.
+    """
     call = HeadCall(*args)
     given = call._asdict()
     chunk = given.pop("chunk_size")
     try:
         check_head(**given, chunk_size=None if chunk == AUTO_CHUNK else chunk)
-    except (TypeError, ValueError, NotImplementedError) as error:
+        for key, (value, shape) in constants.items():
+            if value is not None:
+                check_tensor(key, value, shape=shape, dtypes=FLOATING, device=call.input.device)
+    except (TypeError, ValueError) as error:
         raise RuntimeError(f"varstream::{name}: {error}") from None
     return call
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     kind = tensors[0].device.type if tensors[0] is not None else "cpu"
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # autocast knows no meta device
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

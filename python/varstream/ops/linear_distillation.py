@@ -22,7 +22,7 @@ from varstream._checks import (
     check_tensor,
 )
 from varstream.ops._head import AUTO_CHUNK, OnceOnly, _autocast, may_overwrite
-from varstream.ops.token_logprobs import gradient_fakes
+from varstream.ops._token_logprobs import gradient_fakes
 from varstream.reference import distillation as reference
 from varstream.reference.head import Head
 

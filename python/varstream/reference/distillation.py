@@ -13,15 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from varstream.reference.head import (
-    Gradients,
-    Head,
-    Rows,
-    auto_chunk_size,
-    capped_gradient_,
-    select_rows,
-    take,
-)
+from varstream.reference.head import Head, auto_chunk_size
+from varstream.reference.head_gradient import Gradients, capped_gradient_
+from varstream.reference.head_rows import Rows, select_rows, take
 
 # Elements of a row block: about six temporaries of this size exist at once. On the CPU they stay in
 # the cache and far below the chunk's buffers; a GPU needs larger ones to be busy.
