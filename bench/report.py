@@ -122,19 +122,24 @@ def _ratio_text(ratio: Mapping[str, float]) -> str:
     return f"{ratio['median']:.3f} ({ratio['quartile_1']:.3f} to {ratio['quartile_3']:.3f})"
 
 
+def _digits(value: float) -> str:
+    """Three digits, never an exponent for a large number."""
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
+
+
 def time_text(seconds: float) -> str:
     """Three digits with a unit."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} µs"
+            return f"{_digits(seconds / size)} {unit}"
+    return f"{_digits(seconds * 1e6)} µs"
 
 
 def bytes_text(count: float) -> str:
     """Three digits with a binary unit."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
-            return f"{count / size:.3g} {unit}"
+            return f"{_digits(count / size)} {unit}"
     return f"{count:.0f} B"
 
 

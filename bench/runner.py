@@ -18,6 +18,7 @@ from .environment import environment, load
 
 Say = Callable[[str], None]
 SECONDS_OF_ROUNDS = 20.0
+SECONDS_OF_BARRED_ROUNDS = 15.0  # all barred cases together stay under a quarter of an hour
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Options:
         rounds: of timing; None takes as many as fit into about 20 seconds, 3 to 15 (CUDA: 10 to
             100; a slow case 2).
         quick: tiny sizes, two rounds, no bars: shows that a case works, says nothing about speed.
-        barred: only what the bars compare is timed.
+        barred: only what the bars compare is measured, for about 15 seconds.
     """
 
     device: torch.device
@@ -88,6 +89,9 @@ def _measure(case: Case, options: Options, entry: dict[str, Any], say: Say) -> N
     peaks = checked.peaks
     roles = {peer.name: peer.role for peer in case.peers} | {OURS: "ours"}
     measured = [n for n in names if roles[n] != "floor"]
+    if options.barred:  # memory too only where a bar compares it
+        weighed = {bar.run for bar in case.bars if bar.metric.startswith("memory/")}
+        measured = [n for n in measured if n == OURS or n in weighed]
     if case.memory and not case.slow:
         for name in measured:
             say(f"memory of {name}")
@@ -106,7 +110,7 @@ def _measure(case: Case, options: Options, entry: dict[str, Any], say: Say) -> N
         runs,
         timers.timer_of(device),
         rounds=rounds,
-        budget=SECONDS_OF_ROUNDS,
+        budget=SECONDS_OF_BARRED_ROUNDS if options.barred else SECONDS_OF_ROUNDS,
         progress=lambda done: say(f"round {done}"),
         **limits,
     )

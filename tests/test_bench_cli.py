@@ -51,7 +51,7 @@ def test_list_as_json(capsys):
     (row,) = json.loads(capsys.readouterr().out)
     assert row["op"] == "linear_cross_entropy"
     assert row["shape"] == {"rows": 4096, "width": 512, "classes": 32000}
-    assert row["peers"]["torch_chunked"] == "torch's has no such option"
+    assert row["peers"]["torch_chunked"] == "torch's chunked path has no such option"
     assert row["peers"]["dense"] is None
     assert row["bars"]["time/gemm_floor"] == 1.08
 

@@ -109,7 +109,14 @@ def test_times(seconds, text):
 
 
 @pytest.mark.parametrize(
-    "count, text", [(12, "12 B"), (2048, "2 KiB"), (3 << 20, "3 MiB"), (5 << 29, "2.5 GiB")]
+    "count, text",
+    [
+        (12, "12 B"),
+        (2048, "2 KiB"),
+        (3 << 20, "3 MiB"),
+        (5 << 29, "2.5 GiB"),
+        (1023 << 20, "1023 MiB"),
+    ],
 )
 def test_bytes(count, text):
     assert report.bytes_text(count) == text
