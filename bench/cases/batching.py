@@ -1,12 +1,13 @@
-"""The bin packers: a million document lengths, from a Python list to bins.
+"""The bin packers, a million lengths from a Python list to bins, and balance between ranks.
 
-Bins are checked (every document once, none too full) before anything is timed; the number of bins
-is compared with the lower bound that no packing beats.
+Bins are checked (every document once, none too full or too loaded) before anything is timed; the
+number of bins is compared with the lower bound that no packing beats.
 """
 
 from __future__ import annotations
 
 import bisect
+import heapq
 import math
 from functools import partial
 from typing import Any
@@ -56,7 +57,7 @@ def python_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 
 def _verify(lengths: list[int], capacity: int, found: Any) -> float:
     """0 if every document is in one bin and no bin too full, else infinity."""
-    bins = list(found.bins if isinstance(found, batching.Packing) else found)
+    bins = list(getattr(found, "bins", found))
     order = np.concatenate([np.asarray(b, dtype=np.int64) for b in bins])
     if not np.array_equal(np.sort(order), np.arange(len(lengths))):
         return math.inf
@@ -85,6 +86,35 @@ def _build(packer: Any, shape: Shape, device: torch.device, seed: int) -> Setup:
     )
 
 
+def python_longest_first(lengths: list[int], bins: int) -> list[list[int]]:
+    """Longest processing time first in plain Python: a heap of loads."""
+    chosen: list[list[int]] = [[] for _ in range(bins)]
+    heap = [(0, number) for number in range(bins)]
+    for document in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        load, number = heap[0]
+        chosen[number].append(document)
+        heapq.heapreplace(heap, (load + lengths[document], number))
+    return chosen
+
+
+def _build_balance(method: str, shape: Shape, device: torch.device, seed: int) -> Setup:
+    lengths, ranks = documents(shape, seed), shape["ranks"]
+    # What both methods guarantee: no load is above the mean by more than the largest cost.
+    most = math.ceil(sum(lengths) / ranks) + max(lengths)
+
+    def figures(ours: batching.Balance) -> dict[str, float]:
+        return {"largest_over_mean": float(ours.loads.max() / ours.loads.mean())}
+
+    return Setup(
+        runs={
+            "varstream": partial(batching.balance, lengths, ranks, method=method),
+            "python": partial(python_longest_first, lengths, ranks),
+        },
+        verify=partial(_verify, lengths, most),
+        figures=lambda peaks, ours: figures(ours),
+    )
+
+
 LENGTHS = {
     "sft": {"median": 300, "sigma_percent": 100, "longest": 4096, "capacity": 4096},
     "long_tail": {"median": 500, "sigma_percent": 120, "longest": 262144, "capacity": 262144},
@@ -110,8 +140,28 @@ def _case(packer: Any, lengths: str) -> Case:
     )
 
 
-CASES = tuple(
-    _case(packer, lengths)
-    for lengths in LENGTHS
-    for packer in (batching.best_fit_decreasing, batching.first_fit_decreasing, batching.next_fit)
+PACKERS = (
+    batching.best_fit_decreasing,
+    batching.first_fit_decreasing,
+    batching.lpfhp,
+    batching.next_fit,
+)
+CASES = (
+    *(_case(packer, lengths) for lengths in LENGTHS for packer in PACKERS),
+    *(
+        Case(
+            f"batching/balance_{method}",
+            "batching.balance",
+            {"documents": 100_000, **LENGTHS["sft"], "ranks": 64},
+            partial(_build_balance, method),
+            {"documents": 500, "ranks": 7},
+            dtype="int64",
+            peers=(Peer("python"),),
+            reference="",
+            tolerance=0.0,
+            memory=False,
+            note="python: longest first with a heap",
+        )
+        for method in ("lpt", "karmarkar_karp")
+    ),
 )

@@ -202,7 +202,11 @@ BARS = (Bar("time/gemm_floor", 1.08), Bar("memory_over_logits", 0.15))
 
 
 def _case(variant: Variant, name: str, shape: Shape, barred: bool) -> Case:
-    needs = peers.torch_chunked if variant.torch else peers.never("torch's chunked path has no such option")
+    needs = (
+        peers.torch_chunked
+        if variant.torch
+        else peers.never("torch's chunked path has no such option")
+    )
     bars = (*BARS, Bar("time/torch_chunked", 1.03)) if variant.torch else BARS
     return Case(
         f"head/{name}",
