@@ -265,3 +265,36 @@ def test_labels_on_padding_are_refused(name):
     labels[1, 2] = 2
     with pytest.raises(ValueError, match="labels must be -100 on padding, got 2 at row 1, positi"):
         model(**inputs, labels=labels)
+
+
+@pytest.mark.parametrize(
+    "name", ["BertForSequenceClassification", "BertForMultipleChoice", "BertForPreTraining"]
+)
+def test_labels_of_rows_that_are_all_padding_are_refused(name):
+    _, model = twins(name)
+    inputs = batch(FIRST_KEPT)
+    inputs["attention_mask"] = FIRST_KEPT.clone()
+    inputs["attention_mask"][1] = 0
+    rows = len(FIRST_KEPT)
+    label = "next_sentence_label" if name == "BertForPreTraining" else "labels"
+    given = {label: torch.zeros(rows, dtype=torch.int64)}
+    if name == "BertForPreTraining":
+        given["labels"] = torch.full(FIRST_KEPT.shape, -100)
+        given["labels"][0, 0] = 2
+    if name == "BertForMultipleChoice":  # one choice each
+        inputs = {key: value[:, None] for key, value in inputs.items()}
+    with pytest.raises(ValueError, match=f"{label} must be -100 .* all padding, got 0 in row 1"):
+        model(**inputs, **given)
+    given[label][1] = -100
+    assert model(**inputs, **given).loss.isfinite()
+
+
+def test_real_valued_labels_of_rows_that_are_all_padding_are_refused():
+    _, model = twins("BertForSequenceClassification", num_labels=3)
+    inputs = batch(FIRST_KEPT)
+    inputs["attention_mask"] = FIRST_KEPT.clone()
+    inputs["attention_mask"][1] = 0
+    labels = torch.full((len(FIRST_KEPT), 3), -100.0, dtype=torch.float64)
+    with pytest.raises(ValueError, match="labels can't be honoured .* row 1 is all padding"):
+        model(**inputs, labels=labels)
+    assert model(**inputs).logits.isfinite().all()

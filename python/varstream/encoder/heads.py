@@ -26,16 +26,18 @@ class Head:
     Attributes:
         reads_first: it reads position 0 of each sequence.
         token_labels: its ``labels`` hold one class per position.
+        row_labels: name of the labels that hold one value or class per sequence.
         over_positions: arguments of a loss that normalises over all positions.
     """
 
     reads_first: bool = False
     token_labels: bool = False
+    row_labels: str | None = None
     over_positions: tuple[str, ...] = ()
 
 
 _POSITIONWISE = Head(token_labels=True)
-_FIRST = Head(reads_first=True)
+_FIRST = Head(reads_first=True, row_labels="labels")
 _BY_SUFFIX = {
     "Model": Head(),  # a pooler, if it has one, reads position 0: see reads_first_position
     "ForMaskedLM": _POSITIONWISE,
@@ -45,7 +47,9 @@ _BY_SUFFIX = {
     "ForQuestionAnswering": Head(over_positions=("start_positions", "end_positions")),
 }
 HEADS = {f.prefix + suffix: head for f in FAMILIES.values() for suffix, head in _BY_SUFFIX.items()}
-HEADS["BertForPreTraining"] = Head(reads_first=True, token_labels=True)
+HEADS["BertForPreTraining"] = Head(
+    reads_first=True, token_labels=True, row_labels="next_sentence_label"
+)
 HEADS["BertForNextSentencePrediction"] = _FIRST
 HEADS["ElectraForPreTraining"] = Head()  # its loss takes real positions only
 
@@ -87,6 +91,8 @@ def check_call(head: Head, given: Mapping[str, Any]) -> None:
                 f"{name} can't be honoured on a padded batch: the loss normalises over padded "
                 "positions; compute it from the logits of real positions"
             )
+    if head.row_labels is not None:
+        _check_empty_rows(head.row_labels, given.get(head.row_labels), padding)
     labels = given.get("labels")
     if head.token_labels and isinstance(labels, Tensor) and labels.shape == mask.shape:
         odd = (labels != IGNORE_INDEX) & padding
@@ -96,3 +102,27 @@ def check_call(head: Head, given: Mapping[str, Any]) -> None:
                 f"labels must be {IGNORE_INDEX} on padding, got {int(labels[row, column])} at "
                 f"row {row}, position {column}"
             )
+
+
+def _check_empty_rows(name: str, labels: Any, padding: Tensor) -> None:
+    """Refuse to train a head on a sequence (B, S), or a choice of several (B, choices, S), without
+    a single token: what it reads there is padding."""
+    empty = padding.all(-1)
+    if empty.dim() > 1:
+        empty = empty.flatten(1).any(1)  # (B,)
+    if not isinstance(labels, Tensor) or labels.shape[:1] != empty.shape:
+        return
+    if labels.is_floating_point() or labels.numel() != empty.numel():  # has no class to ignore
+        if bool(empty.any()):
+            raise ValueError(
+                f"{name} can't be honoured: row {int(empty.nonzero()[0])} is all padding, which "
+                "the head would read; leave it out"
+            )
+        return
+    classes = labels.reshape(-1)
+    if bool((odd := empty & (classes != IGNORE_INDEX)).any()):
+        row = int(odd.nonzero()[0])
+        raise ValueError(
+            f"{name} must be {IGNORE_INDEX} where a row is all padding, got {int(classes[row])} "
+            f"in row {row}"
+        )

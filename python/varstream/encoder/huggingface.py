@@ -60,7 +60,9 @@ def padding_free(model: Any) -> Any:
     ``output_hidden_states``, masks that aren't ``(B, S)``, caches, cross-attention and any other
     argument that has no meaning here; and where the padded model would read padding: a pooler or
     classification head on a row whose position 0 is padding, token labels other than -100 on
-    padding, the span loss of question answering on a padded batch.
+    padding, a label other than -100 for a sequence that is all padding, the span loss of question
+    answering on a padded batch. (Without labels, pooler and logits of such a sequence hold what
+    they make of zeros.)
 
     Args:
         model: a model of type ``bert``, ``roberta``, ``xlm-roberta``, ``electra`` or
