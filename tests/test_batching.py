@@ -305,6 +305,11 @@ def test_collator_refuses_what_is_no_sequence(examples):
         batching.PackedCollator()(examples)
 
 
+def test_additive_masks():
+    with pytest.raises(ValueError, match="attention_mask of example 0 .* 0 and 1, got -1.0"):
+        batching.PackedCollator()([{"input_ids": [1, 2], "attention_mask": [0.0, -1.0]}])
+
+
 @pytest.mark.parametrize("name", ["position_ids", "max_length_q", "labels", "attention_mask"])
 def test_collator_refuses_extra_columns_that_it_makes(name):
     with pytest.raises(ValueError, match=f"handles, got '{name}'"):

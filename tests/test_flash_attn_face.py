@@ -395,6 +395,13 @@ ERRORS = [
         "unused_mask must have size 4",
     ),
     (
+        flash_attn.unpad_input,
+        (P, torch.tensor([[0.0, 0.0, 0.0, -1e9]]), torch.zeros(1, 4)),
+        {},
+        ValueError,
+        "attention_mask of dtype torch.float32 must hold 0 and 1, got -1000000000.0",
+    ),
+    (
         flash_attn.pad_input,
         (Q, torch.arange(4), 1, 3),
         {},

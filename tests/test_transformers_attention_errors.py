@@ -135,6 +135,15 @@ def test_a_mask_made_for_another_pattern():
         varstream_mask(1, 4, 4, attention_mask=torch.ones(4))
 
 
+def test_additive_masks():
+    additive = torch.tensor([[0.0, 0.0, 0.0, -torch.inf]])
+    with pytest.raises(ValueError, match="attention_mask .* must hold 0 and 1, got -inf"):
+        varstream_mask(1, 4, 4, attention_mask=additive)
+    q = torch.zeros(1, 2, 4, 8)
+    with pytest.raises(ValueError, match="attention_mask .* must hold 0 and 1, got -inf"):
+        varstream_attention(Layer(), q, q, q, additive)
+
+
 # --- imports --------------------------------------------------------------------------------------
 
 

@@ -128,6 +128,20 @@ def check_bool(name: str, value: Any) -> bool:
     return value
 
 
+def check_mask_values(name: str, mask: Tensor) -> None:
+    """Check that a floating mask holds 0 and 1 only: read as nonzero, an additive one is inverted.
+
+    Reads values; callers decide whether they are visible.
+    """
+    if mask.is_floating_point():
+        odd = mask[(mask != 0) & (mask != 1)]
+        if odd.numel():
+            raise ValueError(
+                f"{name} of dtype {mask.dtype} must hold 0 and 1, got {odd[0].item()} "
+                "(an additive mask?)"
+            )
+
+
 def check_cu_seqlens(
     name: str, value: Any, total: int | None, device: torch.device, validate: bool = False
 ) -> Tensor:

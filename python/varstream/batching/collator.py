@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varstream._arrays import host_array, int_array
-from varstream._checks import check_int
+from varstream._checks import check_int, check_mask_values
 from varstream.ops.packing import INT32_MAX
 
 _KNOWN = ("input_ids", "labels", "attention_mask")
@@ -136,7 +136,11 @@ class PackedCollator:
         mask = example.get("attention_mask")
         kept = None
         if mask is not None:
-            kept = host_array(f"attention_mask of example {index}", mask) != 0
+            name = f"attention_mask of example {index}"
+            given = host_array(name, mask)
+            if given.dtype.kind == "f":
+                check_mask_values(name, torch.tensor(given))
+            kept = given != 0
         for name, column in (*columns.items(), ("attention_mask", kept)):
             if column is not None and column.shape[:1] != tokens.shape:
                 raise ValueError(

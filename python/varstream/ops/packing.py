@@ -15,7 +15,13 @@ from torch import Tensor
 
 import varstream.reference.packing  # noqa: F401  (attaches the CPU kernels)
 from varstream._arrays import int_array
-from varstream._checks import check_bool, check_int, check_tensor, values_visible
+from varstream._checks import (
+    check_bool,
+    check_int,
+    check_mask_values,
+    check_tensor,
+    values_visible,
+)
 from varstream._load import autograd, fake_kernel
 
 INT32_MAX = 2**31 - 1
@@ -207,13 +213,7 @@ def _bounded_indices(real: Tensor, max_tokens: int) -> Tensor:
 def _check_mask_values(
     mask: Tensor, lengths: Tensor, max_tokens: int | None, max_seqlen: int | None
 ) -> None:
-    if mask.is_floating_point():
-        odd = mask[(mask != 0) & (mask != 1)]
-        if odd.numel():
-            raise ValueError(
-                f"attention_mask of dtype {mask.dtype} must hold 0 and 1, got {odd[0].item()} "
-                "(an additive mask?)"
-            )
+    check_mask_values("attention_mask", mask)
     total, longest = int(lengths.sum()), int(lengths.max()) if lengths.numel() else 0
     if max_tokens is not None and max_tokens < total:
         raise ValueError(f"max_tokens must be at least the {total} real tokens, got {max_tokens}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varstream._checks import INTEGERS, check_int, check_tensor, values_visible
+from varstream._checks import INTEGERS, check_int, check_mask_values, check_tensor, values_visible
 from varstream.ops.packing import pack
 
 
@@ -16,8 +16,9 @@ def unpad_input(
 
     Args:
         hidden_states: ``(B, S, ...)``.
-        attention_mask: ``(B, S)``, bool or integer; nonzero marks a token in use.
-        unused_mask: ``(B, S)``, bool or integer; nonzero marks a token to keep that isn't in use
+        attention_mask: ``(B, S)``, bool, integer, or floating 0 and 1; nonzero marks a token in
+            use.
+        unused_mask: ``(B, S)``, of such a dtype; nonzero marks a token to keep that isn't in use
             (what ``seqused`` then leaves out). Must not mark a token of ``attention_mask``.
 
     Returns:
@@ -37,6 +38,9 @@ def unpad_input(
         shape, device = attention_mask.shape, attention_mask.device
         check_tensor("unused_mask", unused_mask, shape=shape, device=device, layout="(B, S)")
         spare = unused_mask != 0
+        if values_visible(used, spare):
+            check_mask_values("attention_mask", attention_mask)
+            check_mask_values("unused_mask", unused_mask)
         if values_visible(used, spare) and bool((used & spare).any()):
             at = tuple((used & spare).nonzero()[0].tolist())
             raise ValueError(

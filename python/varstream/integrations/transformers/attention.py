@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varstream._checks import INTEGERS, check_int, check_tensor
+from varstream._checks import INTEGERS, check_int, check_mask_values, check_tensor
 from varstream.integrations.transformers.masks import (
     ELSEWHERE,
     Pattern,
@@ -177,6 +177,7 @@ def _rows_without_mask_function(
                 f"got {type(attention_mask).__name__} of shape {shape}; {ELSEWHERE}"
             )
         check_tensor("attention_mask", attention_mask, shape=(batch, kv_length), layout="(B, Sk)")
+        check_mask_values("attention_mask", attention_mask)
         padding = attention_mask != 0
     rows = rows_of_padding(
         pattern,

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 
+from varstream._checks import check_mask_values
+
 ELSEWHERE = 'use attn_implementation="sdpa" or "eager" for it'
 
 
@@ -129,6 +131,7 @@ def varstream_mask(
         return rows_of_documents(pattern)
     padding = None
     if attention_mask is not None:
+        check_mask_values("attention_mask", attention_mask)
         padding = _keys_of(attention_mask != 0, kv_length, kv_offset)
     start = q_offset - kv_offset
     if not pattern.causal:
