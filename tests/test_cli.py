@@ -48,6 +48,8 @@ WRONG = {
     "info_argument": (["info", "extra"], "varstream info: got unexpected extra argument"),
     "verify_argument": (["verify"], "varstream verify: missing argument 'CONFIG'; try:"),
     "verify_tokens": (["verify", "x", "--tokens", "31"], "invalid value for '--tokens'"),
+    "verify_seed": (["verify", "x", "--seed", str(2**64)], "invalid value for '--seed'"),
+    "demo_seed": (["demo", "--seed", str(2**64)], "invalid value for '--seed'"),
     "verify_tolerance": (["verify", "x", "--tolerance", "inf"], "value for '--tolerance'"),
 }
 

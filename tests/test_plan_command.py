@@ -74,7 +74,8 @@ def test_tokens_that_do_not_fit_are_an_answer(folder, capsys):
         (["--budget", "16 parsecs"], "--budget must be a size such as 16GiB or 800MB"),
         (["--budget", "-1GiB"], "--budget must be a size"),
         (["--budget", "0.1"], "--budget must be at least one byte"),
-        (["--budget", "1e400"], "--budget must be at least one byte"),
+        (["--budget", "1e400"], "--budget must be finite, got '1e400'"),
+        (["--budget", "١٦GiB"], "--budget must be a size"),
         (["--budget", "900kB"], "--budget 900kB is too small: .* even one token needs"),
         (["--tokens", "0"], "invalid value for '--tokens'"),
         (["--longest", "4000"], "--longest 4000 passes the 3000 tokens"),
@@ -82,6 +83,8 @@ def test_tokens_that_do_not_fit_are_an_answer(folder, capsys):
         (["--optimizer", "lion"], "--optimizer must be one of adamw"),
         (["--chunk-size", "-3"], "--chunk-size must be auto or at least 1, got '-3'"),
         (["--head-chunk-size", "x"], "--head-chunk-size must be auto or at least 1"),
+        (["--chunk-size", "²"], "--chunk-size must be auto or at least 1"),
+        (["--chunk-size", "9" * 5000], "--chunk-size must be auto or at least 1, got '9999"),
         (["--nope"], "no such option"),
     ],
 )
@@ -97,6 +100,8 @@ def test_bad_options(folder, args, message, capsys):
         ("{", "is no JSON"),
         ('{"model_type": "gpt2"}', "model type 'gpt2'"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "is no valid llama configuration"),
+        ('{"model_type": "llama", "quantization_config": {"quant_method": "x"}}', "quantization"),
+        ("[" * 100_000, "is no JSON"),
         (None, "config.json doesn't exist"),
     ],
 )
@@ -107,9 +112,19 @@ def test_bad_configs(tmp_path, text, message, capsys):
     refused(capsys, message)
 
 
-def test_names_are_never_downloaded(capsys):
-    assert plan("someone/not-here") == errors.BAD_INPUT
+@pytest.mark.parametrize("name", ["someone/not-here", "a..b/c", "a--b"])
+def test_names_are_never_downloaded(name, capsys):
+    assert plan(name) == errors.BAD_INPUT
     refused(capsys, "no model in the local Hugging Face cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("nothing.json", "nothing.json doesn't exist"), ("x" * 5000, "can't be read: File name too")],
+)
+def test_names_of_no_file(name, message, capsys):
+    assert plan(name) == errors.BAD_INPUT
+    refused(capsys, message)
 
 
 def refused(capsys, message: str) -> None:
@@ -132,6 +147,8 @@ def refused(capsys, message: str) -> None:
         ("2e9", 2 * 10**9),
         ("3TB", 3 * 10**12),
         ("7B", 7),
+        (".5GiB", 1 << 29),
+        ("1e-3 GB", 10**6),
     ],
 )
 def test_sizes(text, size):

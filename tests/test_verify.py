@@ -275,7 +275,7 @@ def test_a_folder_without_a_configuration(tmp_path):
 
 
 def test_a_model_in_the_local_cache_and_a_folder(tmp_path, monkeypatch, config_file):
-    from varstream.cli.verify import read_config
+    from varstream.cli.config import read_config
 
     wanted = read_config(str(config_file(QWEN3.to_dict()).parent)).to_dict()
     snapshot = tmp_path / "models--org--model" / "snapshots" / "abc"
@@ -289,7 +289,7 @@ def test_a_model_in_the_local_cache_and_a_folder(tmp_path, monkeypatch, config_f
 
 
 def test_needs_transformers(monkeypatch):
-    from varstream.cli import verify as module
+    from varstream.cli import config as module
 
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     result = start("x")

@@ -11,8 +11,8 @@ import torch
 import typer
 from rich.console import Console
 
+from varstream.cli.config import WHERE, read_config
 from varstream.cli.errors import UserError
-from varstream.cli.verify import read_config
 from varstream.planner.choose import STATES_OF
 from varstream.planner.plan import MemoryPlan, plan_memory
 from varstream.planner.shapes import ITEMSIZE
@@ -20,18 +20,15 @@ from varstream.planner.shapes import ITEMSIZE
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power, _letter: 1024**_power}
-_BUDGET = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([a-z]*)", re.IGNORECASE)
+_BUDGET = re.compile(r"((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)", re.IGNORECASE | re.ASCII)
+_ROWS = re.compile(r"0*[1-9]\d{0,17}", re.ASCII)  # an int64, like every number of rows
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command("plan")
 def command(
-    config: str = typer.Argument(
-        metavar="CONFIG",
-        help="config.json of a Hugging Face model, its folder, or the name of a model in the local "
-        "Hugging Face cache (nothing is downloaded).",
-    ),
+    config: str = typer.Argument(metavar="CONFIG", help=WHERE),
     tokens: int = typer.Option(
         None, min=1, help="Real tokens of a step.", show_default="the config's longest input"
     ),
@@ -97,7 +94,9 @@ def parse_budget(text: str) -> int:
     if match is None or match[2].lower() not in _UNITS:
         raise UserError(f"--budget must be a size such as 16GiB or 800MB, got {text!r}; write one")
     size = float(match[1]) * _UNITS[match[2].lower()]
-    if not math.isfinite(size) or size < 1:
+    if not math.isfinite(size):
+        raise UserError(f"--budget must be finite, got {text!r}; write a smaller one")
+    if size < 1:
         raise UserError(f"--budget must be at least one byte, got {text!r}; write a larger one")
     return int(size)
 
@@ -105,9 +104,9 @@ def parse_budget(text: str) -> int:
 def _rows(name: str, value: str) -> Any:
     if value == "auto":
         return value
-    if not value.isdecimal() or int(value) < 1:
+    if not _ROWS.fullmatch(value):
         option = name.replace("_", "-")
-        raise UserError(f"--{option} must be auto or at least 1, got {value!r}; write one of them")
+        raise UserError(f"--{option} must be auto or at least 1, got {value[:20]!r}; write one")
     return int(value)
 
 

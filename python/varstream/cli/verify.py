@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,28 +11,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from varstream.cli.errors import UserError
-from varstream.streaming.decoder import MODEL_TYPES, UnsupportedModelError
+from varstream.cli.config import WHERE, read_config
+from varstream.cli.errors import LARGEST_SEED, UserError
+from varstream.streaming.decoder import UnsupportedModelError
 from varstream.testing.verify import SHORT, TOKENS, TOLERANCE, ConfigError, Verification, verify
 
 INEXACT = 1
-MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 app = typer.Typer(add_completion=False)
 
 
 @app.command("verify")
 def command(
-    config: str = typer.Argument(
-        metavar="CONFIG",
-        help="config.json of a Hugging Face model, its folder, or the name of a model in the local "
-        "Hugging Face cache (nothing is downloaded).",
-    ),
+    config: str = typer.Argument(metavar="CONFIG", help=WHERE),
     tokens: int = typer.Option(TOKENS, min=sum(SHORT) + 2, help="Tokens of the packed row."),
     chunk_size: int = typer.Option(
         None, min=1, help="Rows of a chunk.", show_default="1, 7, 16 and the whole row"
     ),
-    seed: int = typer.Option(0, min=0, help="Seed of weights and tokens."),
+    seed: int = typer.Option(0, min=0, max=LARGEST_SEED, help="Seed of weights and tokens."),
     tolerance: float = typer.Option(
         TOLERANCE, min=0.0, max=1.0, help="Largest relative difference that counts as exact."
     ),
@@ -67,67 +60,6 @@ def command(
     else:
         show(report, config)
     raise typer.Exit(0 if report.exact else INEXACT)
-
-
-def read_config(name: str) -> Any:
-    """A Hugging Face configuration from a file, a folder or the local cache.
-
-    Raises:
-        UserError: nothing of this name is here, or it is no configuration of a model that
-            ``vs.stream`` understands.
-    """
-    if find_spec("transformers") is None:
-        raise UserError("needs transformers; pip install transformers")
-    path = _find(name)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}; give a config.json") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); give a model's config.json") from None
-    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
-        raise UserError(
-            f"{path} has no model_type, so it is no model's configuration; "
-            "give the config.json of a Hugging Face model"
-        )
-    kind = values["model_type"]
-    if kind not in MODEL_TYPES:
-        raise UserError(
-            f"{path} has model type {kind!r}, vs.stream understands {', '.join(MODEL_TYPES)}; "
-            "for a model of your own use vs.stream_layer"
-        )
-    from transformers import CONFIG_MAPPING
-    from transformers.utils import logging
-
-    from varstream.testing.shrink import shrink_config
-
-    logging.set_verbosity_error()
-    try:
-        config = CONFIG_MAPPING[kind].from_dict(values)
-        shrink_config(config)
-    except Exception as error:  # transformers checks its fields with errors of many types
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise UserError(f"{path} is no valid {kind} configuration ({reason}); mend it") from error
-    return config
-
-
-def _find(name: str) -> Path:
-    path = Path(name)
-    if path.is_dir():
-        path = path / "config.json"
-    if path.exists():
-        return path
-    if not Path(name).exists() and MODEL_ID.fullmatch(name):
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(name, "config.json")
-        if isinstance(cached, str):
-            return Path(cached)
-        raise UserError(
-            f"{name} is no file here and no model in the local Hugging Face cache; "
-            f"give a config.json or its folder, or fetch it: hf download {name} config.json"
-        )
-    raise UserError(f"{path} doesn't exist; give a model's config.json or its folder")
 
 
 class _progress:
