@@ -24,6 +24,7 @@ myst_heading_anchors = 3
 
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 napoleon_custom_sections = [("Source", "notes_style")]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

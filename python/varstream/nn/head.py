@@ -136,8 +136,7 @@ class LinearCrossEntropyLoss(_CrossEntropy):
         out_features: must be ``()``: torch's K-dimensional losses are not supported.
         bias: whether the linear layer has one.
         device, dtype: of the linear layer's parameters.
-        reduction, weight, ignore_index, label_smoothing, logit_scale, softcap, temperature,
-            z_loss, options, chunk_size, return_metrics: as in ``linear_cross_entropy``.
+        reduction: this and the keywords up to ``return_metrics`` as in ``linear_cross_entropy``.
 
     Raises:
         TypeError, ValueError: as ``linear_cross_entropy``, for most arguments at the first call;

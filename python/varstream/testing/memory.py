@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-
 _MARKER = 54_321  # bytes, a size nothing else has
 _ATTEMPTS = 3
 
