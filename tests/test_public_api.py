@@ -1,8 +1,8 @@
 """Every public name on the CPU in float32, float64 and bfloat16: finite results and gradients, and
 results that are those of float64 to the dtype's rounding.
 
-Whether results are right is tested by topic; this one finds names that don't work in some dtype, and
-names that nobody added here.
+Whether results are right is tested by topic; here are names that work in some dtypes only, and names
+that nobody added.
 """
 
 from __future__ import annotations
