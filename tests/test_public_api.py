@@ -1,8 +1,8 @@
 """Every public name on the CPU in float32, float64 and bfloat16: finite results and gradients, and
 results that are those of float64 to the dtype's rounding.
 
-Whether results are right is tested by topic; here are names that work in some dtypes only, and names
-that nobody added.
+Whether results are right is tested by topic; here are the names that would fail in some dtype only,
+and those that nobody added.
 """
 
 from __future__ import annotations
