@@ -581,3 +581,7 @@ def test_argument_errors():
         model(**inputs, logits_to_keep=4)
     with pytest.raises(ValueError, match="shift_labels must have one entry for each of the 33"):
         model(**inputs, shift_labels=inputs["labels"][:, :-1])
+    with pytest.raises(ValueError, match="num_items_in_batch must be above 0, got 0"):
+        model(**inputs, num_items_in_batch=0)
+    with pytest.raises(TypeError, match="num_items_in_batch must be a number, got str"):
+        model(**inputs, num_items_in_batch="many")

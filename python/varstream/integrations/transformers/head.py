@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_utils import slice_logits_to_keep
 
-from varstream._checks import check_int
+from varstream._checks import check_float, check_int
 from varstream.integrations.transformers.lazy_logits import (
     LazyCausalLMOutput,
     LazyLogits,
@@ -26,6 +26,7 @@ from varstream.ops.linear_cross_entropy import linear_cross_entropy
 from varstream.streaming import UnsupportedModelError
 
 _STATE = "_varstream_head"
+_ITEMS = "num_items_in_batch"
 _STREAMED = "_varstream"  # what vs.stream leaves on a model
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -242,7 +243,7 @@ def _loss_and_lazy_logits(
         ignore_index=ignore_index,
         logit_scale=scale,
         softcap=softcap,
-        normalizer=kwargs.get("num_items_in_batch"),
+        normalizer=_items(kwargs.get(_ITEMS)),
         chunk_size=state.chunk_size,
     )
     projection = Projection(
@@ -255,6 +256,13 @@ def _loss_and_lazy_logits(
         torch.is_grad_enabled(),
     )
     return LazyCausalLMOutput(loss=loss, logits=LazyLogits.make(projection))
+
+
+def _items(count: Any) -> Any:
+    """``num_items_in_batch``, checked under its own name as far as its value is known here."""
+    if count is not None and not isinstance(count, Tensor) and not check_float(_ITEMS, count) > 0:
+        raise ValueError(f"{_ITEMS} must be above 0, got {count}")
+    return count
 
 
 def _targets(
