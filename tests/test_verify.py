@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from varstream.cli import app
 from varstream.streaming.decoder import DecoderLayer, UnsupportedModelError
 from varstream.testing.shrink import shrink_config
-from varstream.testing.verify import verify
+from varstream.testing.verify import ConfigError, verify
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -133,6 +133,22 @@ VARIANTS = {
     "qwen2_window": Qwen2Config(use_sliding_window=True, sliding_window=9, max_window_layers=1),
     "qwen3_bias_mqa": Qwen3Config(attention_bias=True, num_key_value_heads=1),
     "one_layer": Qwen3Config(num_hidden_layers=1),
+    "llama_yarn": LlamaConfig(
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    ),
+    "llama_linear_wide_heads": LlamaConfig(
+        head_dim=192,
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    ),
+    # One key a window: gradients of q and k are zero but for rounding.
+    "qwen2_window_of_one": Qwen2Config(
+        use_sliding_window=True, sliding_window=1, max_window_layers=0
+    ),
 }
 
 
@@ -180,6 +196,30 @@ def test_an_inexact_layer_is_found(config_file, monkeypatch):
     result = start(config_file(config.to_dict()), "--tokens", 37, "--chunk-size", 7)
     assert result.exit_code == 1
     assert result.stdout.strip().splitlines()[-1].startswith("NOT exact: worst")
+
+
+def test_a_dropped_chunk_is_found(monkeypatch):
+    """A backward that leaves a chunk out: the loss stays right."""
+    from varstream.streaming import layer
+
+    right = layer._backward_rest
+
+    def wrong(work, keys, chunk, *others):
+        if chunk.plan.begin != 7:
+            right(work, keys, chunk, *others)
+
+    monkeypatch.setattr(layer, "_backward_rest", wrong)
+    report = verify(QWEN3, **QUICK)
+    assert not report.exact and report.loss.error <= 1e-12
+
+
+def test_nothing_to_compare_is_no_verdict():
+    with pytest.raises(ConfigError, match="every gradient of this model is zero"):
+        verify(LlamaConfig(vocab_size=1), **QUICK)
+
+
+def test_a_chunk_larger_than_any_integer_of_the_machine():
+    assert verify(QWEN3, tokens=37, chunk_size=10**30).exact
 
 
 def test_one_wrong_gradient_is_found(monkeypatch):
@@ -237,6 +277,15 @@ UNUSABLE = {
     "dropout": (
         {"model_type": "llama", "attention_dropout": 0.1},
         "config.attention_dropout is 0.1",
+    ),
+    "window": (
+        {
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 0,
+            "max_window_layers": 0,
+        },
+        "sliding_window is 0; it must be None or at least 1",
     ),
     "activation": ({"model_type": "llama", "hidden_act": "wow"}, "builds no model of this config"),
 }

@@ -16,6 +16,7 @@ from varstream.reference import attention, head
 # The parts, in the order in which they are shown.
 WEIGHTS, STATES, GRADIENTS = "weights", "optimizer states", "gradients"
 INPUTS, TABLES = "layer inputs", "rotary tables, positions"
+RETURNED = "padded hidden states"  # of a backbone called alone
 FLOW, KV, DKV = "layer output, dX", "K, V of a layer", "dK, dV of a layer"
 CHUNK, TILES = "chunk activations", "attention temporaries"
 SUMS, FOUND = "layer gradient sums", "chunk's parameter gradients"
@@ -24,6 +25,7 @@ LOGITS, HEAD_TEMPORARIES = "head chunk", "head temporaries"
 OPTIMIZER = "optimizer temporaries"
 
 _POSITION = 8  # an int64
+_SMALL = 4096  # the loss, where chunks begin
 _NORM = 4  # Hugging Face's norms compute in float32 whatever the dtype
 _FLASH_Q, _FLASH_K = 256, 512  # blocks of ATen's CPU flash kernel
 
@@ -48,6 +50,7 @@ class Step:
     threads: int = 1
     accumulate: bool = False
     reverse: bool = False  # chunks run last to first
+    padded: int = 0  # positions of the padded batch (B * S), 0 where rows come packed
 
 
 def head_moments(m: ModelShape, step: Step, chunk: int) -> list[Moment]:
@@ -88,7 +91,7 @@ def head_moments(m: ModelShape, step: Step, chunk: int) -> list[Moment]:
 
 def layer_moments(m: ModelShape, step: Step, chunk: int) -> list[Moment]:
     """Forward and backward of the layers and the final norm, ``chunk`` rows at a time."""
-    moments = [_norm_backward(m, step, chunk), _forward(m, step, chunk)]
+    moments = [_packing(step), _norm_backward(m, step, chunk), _forward(m, step, chunk)]
     for index in _extremes(m):
         moments += _layer_backward(m, step, chunk, index)
     return moments
@@ -100,7 +103,11 @@ def last_moments(m: ModelShape, step: Step) -> list[Moment]:
         return []
     flow = {FLOW: step.tokens * m.hidden * m.itemsize}
     gradients = m.embedding + m.head if step.accumulate else m.trained + m.tied * m.embedding
-    kept = {TABLES: _tables(m, step), GRADIENTS: gradients * m.itemsize}
+    kept = {
+        TABLES: _tables(m, step),
+        RETURNED: _returned(m, step),
+        GRADIENTS: gradients * m.itemsize,
+    }
     return [Moment("embedding gradient", kept | flow)]
 
 
@@ -115,8 +122,16 @@ def optimizer_moment(m: ModelShape, optimizer: str) -> Moment:
 
 
 def _tables(m: ModelShape, step: Step) -> int:
-    """Cosines, sines and row numbers."""
-    return step.tokens * (2 * m.head_dim * m.itemsize + _POSITION)
+    """Cosines, sines, row numbers, where documents begin; of a padded batch the places and
+    positions of its real tokens."""
+    numbers = 1 + 2 * (step.padded > 0)
+    starts = -(-step.tokens // step.longest) * _POSITION
+    return step.tokens * (2 * m.head_dim * m.itemsize + numbers * _POSITION) + starts + _SMALL
+
+
+def _returned(m: ModelShape, step: Step) -> int:
+    """A backbone called alone gives its caller (B, S, d)."""
+    return 0 if m.vocab else step.padded * m.hidden * m.itemsize
 
 
 def _kept(m: ModelShape, step: Step, index: int) -> dict[str, int]:
@@ -125,6 +140,7 @@ def _kept(m: ModelShape, step: Step, index: int) -> dict[str, int]:
     return {
         INPUTS: inputs * step.tokens * m.hidden * m.itemsize,
         TABLES: _tables(m, step),
+        RETURNED: _returned(m, step),
         GRADIENTS: _finished(m, step, index) * m.itemsize,
     }
 
@@ -155,10 +171,16 @@ def _extremes(m: ModelShape) -> list[int]:
 # --- moments of a layer ---------------------------------------------------------------------------
 
 
+def _packing(step: Step) -> Moment:
+    """Finding the real tokens of a padded batch: masks and a table of places."""
+    return Moment("packing", {TABLES: step.padded * (2 + _POSITION) + _SMALL})
+
+
 def _norm_backward(m: ModelShape, step: Step, chunk: int) -> Moment:
     rows, es = min(chunk, step.tokens), m.itemsize
     flow = (1 + (m.first < len(m.layers))) * step.tokens * m.hidden * es
     kept = _kept(m, step, len(m.layers))
+    kept[RETURNED] *= 2  # and their gradient
     return Moment("final norm", kept | {FLOW: flow, CHUNK: rows * m.hidden * (_norm_work(m) + es)})
 
 
@@ -239,8 +261,8 @@ def _moment(name: str, base: dict[str, int], chunk: int, found: int) -> Moment:
 
 
 def _norm_saved(m: ModelShape) -> int:
-    """A norm's normalised rows and its output, and the float32 copy of its input."""
-    return m.hidden * (2 * m.itemsize + (0 if m.itemsize == _NORM else _NORM))
+    """A norm's normalised rows and its output, one factor, and the float32 copy of its input."""
+    return m.hidden * (2 * m.itemsize + (0 if m.itemsize == _NORM else _NORM)) + _NORM
 
 
 def _norm_work(m: ModelShape) -> int:
@@ -253,7 +275,7 @@ def _before_mlp(m: ModelShape) -> int:
     es = m.itemsize
     q = m.q_width * es
     if m.qk_norm:  # q before the norm (in float32) and normalised
-        q += m.q_width * (es + _NORM)
+        q += m.q_width * (es + _NORM) + m.heads * _NORM
     return _norm_saved(m) + 2 * m.head_dim * es + q + m.q_width * es + m.heads * m.acc
 
 

@@ -25,6 +25,7 @@ from varstream.planner.shapes import ModelShape, describe, describe_config
 
 _ORDER = (
     (memory.WEIGHTS, memory.STATES, memory.GRADIENTS, memory.INPUTS, memory.TABLES, memory.FLOW)
+    + (memory.RETURNED,)
     + (memory.KV, memory.DKV, memory.CHUNK, memory.TILES, memory.SUMS, memory.FOUND)
     + (memory.HIDDEN, memory.HEAD_DX, memory.HEAD_DW, memory.LOGITS, memory.HEAD_TEMPORARIES)
     + (memory.OPTIMIZER,)

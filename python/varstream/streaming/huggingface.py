@@ -244,7 +244,9 @@ def _plan(
     ``model`` is None where the backbone was called alone: its head is not in the plan then.
     """
     device = rows.positions.device
-    head_rows = state.head_chunk_size if isinstance(state.head_chunk_size, int) else None
+    head_rows = None
+    if isinstance(state.head_chunk_size, int):
+        head_rows = min(state.head_chunk_size, max(1, rows.total))  # the operator takes an int64
     if state.memory_budget is None and (state.chunk_size != "auto" or device.type != "cpu"):
         return resolve_chunk_size(state.chunk_size, device), head_rows
     if device.type != "cpu":
@@ -261,12 +263,13 @@ def _plan(
         torch.get_num_threads(),
         any(p.grad is not None for p in (model or backbone).parameters()),
         state.reverse,
+        0 if rows.indices is None else rows.batch * rows.seqlen,
     )
     job = Job(
         shape, step, state.optimizer, state.chunk_size, state.head_chunk_size, state.memory_budget
     )
     choice = choose(job) if job.budget is None else require_fit(job)
-    return choice.chunk, choice.head_chunk if shape.vocab else head_rows
+    return choice.chunk, head_rows or (choice.head_chunk if shape.vocab else None)
 
 
 def _decode(backbone: Any, x: Tensor, rows: Rows, chunk_size: int, reverse: bool) -> Tensor:
