@@ -173,6 +173,27 @@ LOSS = {
         TypeError,
         "return_metrics must be a bool, got int",
     ),
+    "ignore_index_wraps": (
+        dict(target=torch.zeros(16, dtype=torch.int32), ignore_index=2**32 + 3),
+        ValueError,
+        r"ignore_index must fit the dtype of target \(torch.int32\), got 4294967299",
+    ),
+    "ignore_index_large": (dict(ignore_index=2**70), ValueError, "ignore_index must fit the dtype"),
+    "sparse": (
+        dict(input=torch.zeros(16, 9).to_sparse()),
+        ValueError,
+        "input must be a dense, strided tensor, got torch.sparse_coo",
+    ),
+    "normalizer_complex": (
+        dict(normalizer=torch.tensor(2 + 1j)),
+        ValueError,
+        "normalizer must have a real dtype, got torch.complex64",
+    ),
+    "normalizer_bool": (
+        dict(normalizer=torch.tensor(True)),
+        ValueError,
+        "normalizer must have a real dtype, got torch.bool",
+    ),
     "options_type": (
         dict(options={"batch_chunk_size": 4}),
         TypeError,
@@ -185,6 +206,37 @@ LOSS = {
 def test_linear_cross_entropy(changes, error, message):
     with pytest.raises(error, match=message):
         vs.linear_cross_entropy(**arguments(changes))
+
+
+def head_calls():
+    """The three operators as functions of their input (16, 9)."""
+    given = arguments({})
+    given.pop("input")
+    teacher = torch.randn(16, 9), torch.randn(23, 9)
+    weight = given["linear_weight"].detach()
+    return {
+        "loss": lambda x: vs.linear_cross_entropy(x, **given),
+        "none": lambda x: vs.linear_cross_entropy(x, **given, reduction="none").sum(),
+        "logprobs": lambda x: vs.token_logprobs(x, **given).sum(),
+        "distillation": lambda x: vs.objectives.distillation(x, weight, *teacher),
+    }
+
+
+@pytest.mark.parametrize("name", ["loss", "none", "logprobs", "distillation"])
+def test_transforms_and_forward_mode_are_refused(name):
+    """torch would return a tangent of 0, or lose the gradient of a batched tensor."""
+    call, x = head_calls()[name], torch.randn(16, 9)
+    with pytest.raises(TypeError, match="input must be a plain tensor: torch.func.*inside vmap"):
+        torch.func.vmap(call)(torch.stack([x, x]))
+    with pytest.raises(TypeError, match="input must be a plain tensor: torch.func.*inside grad"):
+        torch.func.grad(call)(x)
+    with pytest.raises(TypeError, match="input must be a plain tensor: torch.func"):
+        torch.func.jvp(call, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(TypeError, match="input must be a plain tensor: forward-mode"):
+            call(dual)
+        call(x)
 
 
 # The checks shared with linear_cross_entropy are tested one by one there.

@@ -233,6 +233,14 @@ def test_low_precision_is_computed_in_float32(case, dtype):
     assert_exact(loss, formula(exact), 1e-5)
 
 
+def test_long_sequences_keep_their_digits():
+    """Sums of float32 log-probabilities are rounded once."""
+    logp = -4 * torch.rand(100_000)
+    cu, mask = vs.cu_seqlens([100_000, 0]), torch.ones(100_000).bool()
+    loss = objectives.cpo(logp, mask, cu, beta=1.0, alpha=0.0)
+    assert_exact(loss, -logp.double().sum(), 1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_log1mexp(dtype):
     eps = torch.finfo(dtype).eps
@@ -332,6 +340,12 @@ ERRORS = {
     "normalizer_nan": ("sft", dict(normalizer=torch.tensor(torch.nan)), ValueError, "above 0"),
     "normalizer_shape": ("sft", dict(normalizer=torch.ones(2)), ValueError, "one element"),
     "normalizer_kind": ("dft", dict(normalizer="3"), TypeError, "normalizer must be a number"),
+    "nll_normalizer": (
+        "cpo",
+        dict(nll_normalizer=-1.0),
+        ValueError,
+        "nll_normalizer must be >= 0.0, got -1.0",
+    ),
     "cu_dtype": ("dpo", dict(cu=torch.tensor(CU)), ValueError, "cu_seqlens must have dtype int32"),
     "cu_total": ("dpo", dict(cu=[0, 2, 5]), ValueError, "cu_seqlens must end at .* rows 6, got 5"),
     "cu_falls": ("dpo", dict(cu=[0, 7, 6]), ValueError, "cu_seqlens must never fall"),

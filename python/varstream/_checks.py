@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
@@ -57,10 +58,12 @@ def check_tensor(
 
     Raises:
         TypeError: ``value`` is no tensor.
-        ValueError: dimensions, sizes, dtype or device differ from what is required.
+        ValueError: it is sparse, or dimensions, sizes, dtype or device aren't what is required.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense, strided tensor, got {value.layout}")
     words = f" {layout}" if layout else ""
     if shape is not None:
         ndim = len(shape)
@@ -82,6 +85,33 @@ def check_tensor(
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
     return value
+
+
+def check_no_transforms(**tensors: Any) -> None:
+    """Refuse tensors inside ``torch.func`` transforms and forward-mode duals.
+
+    The operators know reverse mode only; torch would drop a tangent, or the gradient of a batched
+    tensor, without a word.
+
+    Raises:
+        TypeError: one of the tensors is batched, tracked or dual.
+    """
+    if is_compiling():
+        return
+    functorch = torch._C._functorch
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            continue
+        if functorch.is_batchedtensor(value) or functorch.is_gradtrackingtensor(value):
+            raise TypeError(
+                f"{name} must be a plain tensor: torch.func transforms are not supported, "
+                f"got one inside {'vmap' if functorch.is_batchedtensor(value) else 'grad or jvp'}"
+            )
+        if forward_ad.unpack_dual(value).tangent is not None:
+            raise TypeError(
+                f"{name} must be a plain tensor: forward-mode derivatives are not supported, "
+                "got a dual tensor"
+            )
 
 
 def check_same_dtype(**tensors: Tensor | None) -> torch.dtype:
@@ -140,6 +170,27 @@ def check_mask_values(name: str, mask: Tensor) -> None:
                 f"{name} of dtype {mask.dtype} must hold 0 and 1, got {odd[0].item()} "
                 "(an additive mask?)"
             )
+
+
+def check_normalizer(value: Any, count: Tensor, like: Tensor, name: str = "normalizer") -> Tensor:
+    """Check a divisor given as a number or a tensor of one element and return it as ().
+
+    It comes detached, in the dtype and on the device of ``like``, and as 1 where ``count`` () is 0:
+    a sum over nothing stays 0. Its value is checked where that costs no device synchronisation.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+        if value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"{name} must have a real dtype, got {value.dtype}")
+    else:
+        if not isinstance(value, torch.SymInt):
+            check_float(name, value, low=0.0)
+        value = torch.full_like(like, value, requires_grad=False)
+    divisor = value.detach().reshape(()).to(like)
+    if values_visible(count, divisor) and bool(count > 0) and not bool(divisor > 0):
+        raise ValueError(f"{name} must be above 0, got {float(divisor)}")
+    return torch.where(count == 0, 1.0, divisor)
 
 
 def check_cu_seqlens(

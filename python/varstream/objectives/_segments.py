@@ -17,8 +17,8 @@ from varstream._checks import (
     acc_dtype,
     check_cu_seqlens,
     check_float,
+    check_normalizer,
     check_tensor,
-    values_visible,
 )
 
 
@@ -62,11 +62,13 @@ class Sequences(Tokens):
     def sum(self, values: Tensor) -> Tensor:
         """Sums (B,) of ``values`` (N,) over the trained tokens of each sequence.
 
-        One segmented reduction: unlike atomic additions it repeats bitwise on a GPU.
+        One segmented reduction: unlike atomic additions it repeats bitwise on a GPU. It adds one
+        value after the other, so in float32 a long sequence would lose digits.
         """
-        return torch.segment_reduce(
-            self.keep(values), "sum", offsets=self.offsets, unsafe=True, initial=0
+        total = torch.segment_reduce(
+            self.keep(values).double(), "sum", offsets=self.offsets, unsafe=True, initial=0
         )
+        return total.to(self.logp.dtype)
 
     @property
     def lengths(self) -> Tensor:
@@ -124,7 +126,9 @@ def sequences(logp: Any, mask: Any, cu_seqlens: Any) -> Sequences:
     return Sequences(rows.logp, rows.mask, cu.long())
 
 
-def average(total: Tensor, count: int | Tensor, normalizer: Any) -> Tensor:
+def average(
+    total: Tensor, count: int | Tensor, normalizer: Any, name: str = "normalizer"
+) -> Tensor:
     """``total`` () over ``normalizer`` or, without one, over ``count``; ``total / 1`` if that is 0.
 
     Raises:
@@ -134,18 +138,7 @@ def average(total: Tensor, count: int | Tensor, normalizer: Any) -> Tensor:
     count = torch.full_like(total, count, requires_grad=False) if isinstance(count, int) else count
     if normalizer is None:
         return total / count.clamp(min=1)
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            shape = tuple(normalizer.shape)
-            raise ValueError(f"normalizer must have one element, got shape {shape}")
-    else:
-        if not isinstance(normalizer, torch.SymInt):
-            check_float("normalizer", normalizer, low=0.0)
-        normalizer = torch.full_like(total, normalizer, requires_grad=False)
-    divisor = normalizer.detach().reshape(()).to(total)
-    if values_visible(count, divisor) and bool(count > 0) and not bool(divisor > 0):
-        raise ValueError(f"normalizer must be above 0, got {float(divisor)}")
-    return total / torch.where(count == 0, 1.0, divisor)
+    return total / check_normalizer(normalizer, count, total, name)
 
 
 def check_positive(name: str, value: Any) -> float:

@@ -249,7 +249,8 @@ def _logistic(margin: Tensor, label_smoothing: Any) -> Tensor:
 def _chosen_nll(seq: Sequences, normalizer: Normalizer) -> Tensor:
     """Negative log-likelihood of the chosen sequences, by default per token."""
     count = _split(seq.lengths)[0].sum()
-    return average(-_split(seq.sum(seq.logp))[0].sum(), count, normalizer)
+    total = -_split(seq.sum(seq.logp))[0].sum()
+    return average(total, count, normalizer, "nll_normalizer")
 
 
 def log1mexp(x: Tensor) -> Tensor:

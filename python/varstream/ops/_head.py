@@ -12,6 +12,7 @@ from varstream._checks import (
     INTEGERS,
     check_float,
     check_int,
+    check_no_transforms,
     check_same_dtype,
     check_tensor,
 )
@@ -53,6 +54,9 @@ def check_head(
     chunk_size: Any,
 ) -> HeadCall:
     """Check what both operators take; autocast applies as to a linear layer."""
+    check_no_transforms(
+        input=input, linear_weight=linear_weight, linear_bias=linear_bias, target=target
+    )
     check_tensor("input", input, ndim=2, dtypes=FLOATING, layout="(N, d)")
     rows, width = input.shape
     device = input.device
@@ -66,6 +70,7 @@ def check_head(
     input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
     check_same_dtype(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
     _check_target(target, rows, device)
+    ignore_index = _check_ignore_index(ignore_index, target.dtype)
     temperature = check_float("temperature", temperature, low=0.0)
     if temperature == 0.0:
         raise ValueError("temperature must be above 0, got 0.0")
@@ -74,7 +79,7 @@ def check_head(
         linear_weight,
         linear_bias,
         target,
-        check_int("ignore_index", ignore_index),
+        ignore_index,
         check_float("logit_scale", logit_scale),
         check_float("softcap", softcap, low=0.0),
         temperature,
@@ -96,6 +101,15 @@ def _check_target(target: Any, rows: int, device: torch.device) -> None:
         raise ValueError(f"target must have 1 or 2 dimensions {layout}, got shape {shape}")
     if target.shape[0] != rows:
         raise ValueError(f"target must have size {rows} in dimension 0 {layout}, got shape {shape}")
+
+
+def _check_ignore_index(value: Any, dtype: torch.dtype) -> int:
+    """An int that ``dtype`` can hold: a larger one would wrap around to some class."""
+    value = check_int("ignore_index", value)
+    limits = torch.iinfo(dtype)
+    if not limits.min <= value <= limits.max:
+        raise ValueError(f"ignore_index must fit the dtype of target ({dtype}), got {value}")
+    return value
 
 
 def check_constant(name: str, value: Any, call: HeadCall, shape: Any, layout: str) -> Tensor | None:

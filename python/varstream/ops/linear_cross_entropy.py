@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from varstream._checks import check_bool, check_float, values_visible
+from varstream._checks import check_bool, check_float, check_normalizer
 from varstream.ops._cross_entropy_terms import Terms, terms_of
 from varstream.ops._head import HeadCall, check_constant, check_head
 from varstream.ops._head_options import chunk_size_from_options
@@ -125,7 +125,7 @@ def linear_cross_entropy(
             skipped where neither ``z_loss`` nor metrics need them.
         normalizer: divisor of the ``"mean"`` of the losses in place of torch's, such as a count
             over several micro-batches or ranks: a number, or a tensor of one element on any
-            device, which is not read on the host.
+            device, which is not read on the host; no gradient goes to it.
         options: a ``torch.nn.LinearCrossEntropyOptions``: ``batch_chunk_size`` is the chunk size,
             ``allow_retain_graph`` is always so; ``acc_policy`` other than "auto" or "accurate", an
             ``acc_dtype`` other than the accumulation dtype and a ``chunking_method`` are refused.
@@ -144,10 +144,11 @@ def linear_cross_entropy(
         can be differentiated once.
 
     Raises:
-        TypeError: an argument has the wrong type.
+        TypeError: an argument has the wrong type, or is inside a ``torch.func`` transform or dual.
         ValueError: a wrong shape, dtype, device, mixed dtypes, class probabilities as target, a
             target outside ``[0, V)`` (checked on the CPU always), class or token weights that
-            require gradients, an option that isn't honoured, or a ``normalizer`` without
+            require gradients, an ``ignore_index`` that the dtype of ``target`` can't hold, an
+            option that isn't honoured, or a ``normalizer`` without
             ``reduction="mean"``.
 
     Cost: ``"mean"`` and ``"sum"`` form the gradient in the forward pass, three matrix products as
@@ -175,8 +176,8 @@ def linear_cross_entropy(
     chunk_size = chunk_size_from_options(options, chunk_size, call.input.dtype)
     if chunk_size is not None:
         call = call._replace(chunk_size=chunk_size)
-    if normalizer is not None:
-        _check_normalizer(normalizer, reduction)
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer needs reduction='mean', got reduction={reduction!r}")
     check_bool("return_metrics", return_metrics)
     terms = terms_of(
         call,
@@ -251,26 +252,8 @@ def _metrics(
 # --- the divisor ----------------------------------------------------------------------------------
 
 
-def _check_normalizer(normalizer: Any, reduction: str) -> None:
-    if reduction != "mean":
-        raise ValueError(f"normalizer needs reduction='mean', got reduction={reduction!r}")
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            shape = tuple(normalizer.shape)
-            raise ValueError(f"normalizer must have one element, got shape {shape}")
-    elif not isinstance(normalizer, torch.SymInt):
-        check_float("normalizer", normalizer, low=0.0)
-
-
 def _divisor(terms: Terms, normalizer: int | float | Tensor | None) -> Tensor:
     """What the summed loss is divided by, () acc dtype; 1 where nothing is valid: 0 stays 0."""
-    count = terms.count
-    if normalizer is None:
-        found = terms.weight_sum()
-    else:
-        if not isinstance(normalizer, Tensor):
-            normalizer = torch.full_like(count, normalizer, dtype=terms.acc)
-        found = normalizer.detach().reshape(()).to(count.device, terms.acc)
-        if values_visible(count, found) and int(count) > 0 and not float(found) > 0:
-            raise ValueError(f"normalizer must be above 0, got {float(found)}")
-    return torch.where(count == 0, torch.ones_like(found), found)
+    if normalizer is not None:
+        return check_normalizer(normalizer, terms.count, terms.count.to(terms.acc))
+    return torch.where(terms.count == 0, 1.0, terms.weight_sum())

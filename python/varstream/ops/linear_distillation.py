@@ -18,6 +18,7 @@ from varstream._checks import (
     acc_dtype,
     check_float,
     check_int,
+    check_no_transforms,
     check_same_dtype,
     check_tensor,
 )
@@ -65,6 +66,7 @@ class DistillationCall(NamedTuple):
 
 def check_distillation(call: DistillationCall) -> DistillationCall:
     """Check every argument but ``chunk_size`` 0, the automatic rule; autocast applies to both."""
+    check_no_transforms(**dict(zip(call._fields[:8], call[:8], strict=True)))
     student = _check_projection("input linear_weight linear_bias", "(N, d)", "(V, d)", *call[:3])
     names = "teacher_input teacher_weight teacher_bias"
     teacher = _check_projection(names, "(N, e)", "(V, e)", *call[3:6])

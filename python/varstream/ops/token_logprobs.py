@@ -69,13 +69,13 @@ def token_logprobs(
         nothing in the backward.
 
     Raises:
-        TypeError: an argument has the wrong type.
+        TypeError: an argument has the wrong type, or is inside a ``torch.func`` transform or dual.
         ValueError: a wrong shape, dtype, device, mixed dtypes, class probabilities as target, or a
             target outside ``[0, V)`` (checked on the CPU always).
 
     Cost: four matrix products, one forward and three backward, which rebuilds the logits chunk by
-    chunk; two fewer where neither the weight nor the bias, one fewer where the input needs no
-    gradient. Entropy and statistics take passes over blocks of rows that stay in the cache.
+    chunk; one fewer where the weight is frozen, one fewer where the input is, one in all without
+    gradients. Entropy and statistics take passes over blocks of rows that stay in the cache.
 
     Source: the entropy's gradient with respect to the logits is ``-p (log p + entropy)``, the
     LSE's is ``p``.
