@@ -262,6 +262,11 @@ def test_plan_is_readable():
         ({"device": "cuda"}, ValueError, 'device must be "cpu"'),
         ({"config_or_model": {}}, TypeError, "must be a Hugging Face config or model, got dict"),
         ({"config_or_model": GPT2Config()}, ValueError, "model type 'gpt2' is not supported"),
+        (
+            {"config_or_model": LlamaConfig(quantization_config={"quant_method": "gptq"})},
+            ValueError,
+            "config.quantization_config is set",
+        ),
         ({"config_or_model": nn.Linear(2, 2)}, ValueError, "Linear has model type None"),
         (
             {"config_or_model": make_model(), "dtype": torch.bfloat16},

@@ -179,6 +179,10 @@ def describe_config(config: Any, dtype: torch.dtype | None = None) -> ModelShape
         raise UnsupportedModelError(
             f"model type {kind!r} is not supported; vs.stream understands {', '.join(MODEL_TYPES)}"
         )
+    if getattr(config, "quantization_config", None):
+        raise UnsupportedModelError(
+            "config.quantization_config is set; vs.stream trains plain weights only"
+        )
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     try:
         with torch.device("meta"):
