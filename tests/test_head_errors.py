@@ -93,7 +93,7 @@ LOSS = {
     "logit_scale_inf": (dict(logit_scale=float("inf")), ValueError, "logit_scale must be finite"),
     "softcap": (dict(softcap=-1.0), ValueError, "softcap must be >= 0.0, got -1.0"),
     "temperature": (dict(temperature=0.0), ValueError, "temperature must be above 0, got 0.0"),
-    "temperature_low": (dict(temperature=-1), ValueError, "temperature must be >= 0.0, got -1"),
+    "temperature_low": (dict(temperature=-1), ValueError, "temperature must be above 0, got -1"),
     "chunk_size": (dict(chunk_size=0), ValueError, "chunk_size must be >= 1, got 0"),
     "chunk_size_type": (dict(chunk_size=2.0), TypeError, "chunk_size must be an int, got float"),
     "reduction": (dict(reduction="avg"), ValueError, "reduction must be one of mean, sum, none"),

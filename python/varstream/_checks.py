@@ -142,6 +142,14 @@ def check_float(
     return number
 
 
+def check_positive(name: str, value: Any) -> float:
+    """Check a finite number above 0."""
+    number = check_float(name, value)
+    if number <= 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+    return number
+
+
 def check_int(name: str, value: Any, *, low: int | None = None) -> int:
     """Check an integer (a ``SymInt`` while compiling) not below ``low`` and return it."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):

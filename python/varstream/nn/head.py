@@ -8,11 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from varstream._checks import check_tensor
-from varstream.ops.linear_cross_entropy import (
-    REDUCTIONS,
-    CrossEntropyMetrics,
-    linear_cross_entropy,
-)
+from varstream.ops._head import check_reduction
+from varstream.ops.linear_cross_entropy import CrossEntropyMetrics, linear_cross_entropy
 from varstream.ops.token_logprobs import TokenStats, token_logprobs
 
 Loss = Tensor | tuple[Tensor, CrossEntropyMetrics]
@@ -35,8 +32,7 @@ class _CrossEntropy(nn.Module):
 
     def __init__(self, weight: Tensor | None, reduction: str, keywords: dict[str, Any]) -> None:
         super().__init__()
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        check_reduction(reduction)
         if weight is not None:
             check_tensor("weight", weight, ndim=1, layout="(V,)")
         self.register_buffer("weight", weight)

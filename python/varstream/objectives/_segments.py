@@ -16,10 +16,11 @@ from varstream._checks import (
     FLOATING,
     acc_dtype,
     check_cu_seqlens,
-    check_float,
     check_normalizer,
     check_tensor,
 )
+
+Normalizer = int | float | Tensor | None
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def sequences(logp: Any, mask: Any, cu_seqlens: Any) -> Sequences:
 
 
 def average(
-    total: Tensor, count: int | Tensor, normalizer: Any, name: str = "normalizer"
+    total: Tensor, count: int | Tensor, normalizer: Normalizer, name: str = "normalizer"
 ) -> Tensor:
     """``total`` () over ``normalizer`` or, without one, over ``count``; ``total / 1`` if that is 0.
 
@@ -139,11 +140,3 @@ def average(
     if normalizer is None:
         return total / count.clamp(min=1)
     return total / check_normalizer(normalizer, count, total, name)
-
-
-def check_positive(name: str, value: Any) -> float:
-    """Check a finite number above 0."""
-    number = check_float(name, value)
-    if number <= 0:
-        raise ValueError(f"{name} must be above 0, got {value}")
-    return number

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from varstream._checks import check_bool, check_int
-from varstream.objectives._segments import average
-from varstream.ops._head import AUTO_CHUNK
+from varstream.objectives._segments import Normalizer, average
+from varstream.ops._head import AUTO_CHUNK, check_reduction
 from varstream.ops.linear_distillation import DistillationCall, check_distillation, divergences
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def distillation(
@@ -31,7 +29,7 @@ def distillation(
     teacher_logit_scale: float = 1.0,
     teacher_softcap: float = 0.0,
     token_weight: Tensor | None = None,
-    normalizer: int | float | Tensor | None = None,
+    normalizer: Normalizer = None,
     reduction: str = "mean",
     chunk_size: int | None = None,
 ) -> Tensor:
@@ -85,10 +83,7 @@ def distillation(
     Source: generalised knowledge distillation (GKD), arXiv 2306.13649. TRL: the experimental
     ``GKDTrainer``'s ``generalized_jsd_loss``, whose ``reduction="batchmean"`` is ``"mean"`` here.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(f"normalizer needs reduction='mean', got reduction={reduction!r}")
+    check_reduction(reduction, normalizer)
     call = check_distillation(
         DistillationCall(
             input,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varstream._checks import check_float, check_tensor
-from varstream.objectives._segments import average, check_positive, sequences
+from varstream._checks import check_float, check_positive, check_tensor
+from varstream.objectives._segments import Normalizer, average, sequences
 
 
 def kto(
@@ -22,7 +22,7 @@ def kto(
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-    normalizer: int | float | Tensor | None = None,
+    normalizer: Normalizer = None,
 ) -> Tensor:
     """Kahneman-Tversky optimisation of unpaired sequences.
 

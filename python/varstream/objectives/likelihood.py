@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from varstream.objectives._segments import average, tokens
+from varstream.objectives._segments import Normalizer, average, tokens
 
 
-def sft(logp: Tensor, mask: Tensor, *, normalizer: int | float | Tensor | None = None) -> Tensor:
+def sft(logp: Tensor, mask: Tensor, *, normalizer: Normalizer = None) -> Tensor:
     """Negative log-likelihood: ``-sum_t logp_t / D`` over trained tokens.
 
     Args:
@@ -33,7 +33,7 @@ def sft(logp: Tensor, mask: Tensor, *, normalizer: int | float | Tensor | None =
     return average(-rows.logp.sum(), rows.count, normalizer)
 
 
-def dft(logp: Tensor, mask: Tensor, *, normalizer: int | float | Tensor | None = None) -> Tensor:
+def dft(logp: Tensor, mask: Tensor, *, normalizer: Normalizer = None) -> Tensor:
     """Dynamic fine-tuning: ``-sum_t sg(p_t) logp_t / D``, ``p = exp(logp)`` without gradient.
 
     Arguments, result, errors and the rule for no trained tokens as in ``sft``.

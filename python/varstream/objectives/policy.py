@@ -25,11 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varstream._checks import check_bool, check_float
-from varstream.objectives._segments import Sequences, average, check_positive, sequences
+from varstream._checks import check_bool, check_float, check_positive
+from varstream.objectives._segments import Normalizer, Sequences, average, sequences
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
-Normalizer = int | float | Tensor | None
 
 
 def grpo(

@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from varstream._checks import check_bool, check_float
+from varstream._checks import check_bool, check_float, check_positive
 from varstream.objectives._segments import (
+    Normalizer,
     Sequences,
     average,
     check_mask,
-    check_positive,
     sequences,
     widened,
 )
-
-Normalizer = int | float | Tensor | None
 
 
 def dpo(

@@ -13,11 +13,13 @@ from varstream._checks import (
     check_float,
     check_int,
     check_no_transforms,
+    check_positive,
     check_same_dtype,
     check_tensor,
 )
 from varstream.reference.head import Head
 
+REDUCTIONS = ("mean", "sum", "none")
 AUTO_CHUNK = 0  # the op's word for "choose the chunk size"
 
 
@@ -67,13 +69,10 @@ def check_head(
         raise ValueError(f"linear_weight must have at least one class (V, d), got {classes}")
     if linear_bias is not None:
         check_tensor("linear_bias", linear_bias, shape=(classes,), device=device, layout="(V,)")
-    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
+    input, linear_weight, linear_bias = cast_for_autocast(input, linear_weight, linear_bias)
     check_same_dtype(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
     _check_target(target, rows, device)
     ignore_index = _check_ignore_index(ignore_index, target.dtype)
-    temperature = check_float("temperature", temperature, low=0.0)
-    if temperature == 0.0:
-        raise ValueError("temperature must be above 0, got 0.0")
     return HeadCall(
         input,
         linear_weight,
@@ -82,7 +81,7 @@ def check_head(
         ignore_index,
         check_float("logit_scale", logit_scale),
         check_float("softcap", softcap, low=0.0),
-        temperature,
+        check_positive("temperature", temperature),
         AUTO_CHUNK if chunk_size is None else check_int("chunk_size", chunk_size, low=1),
     )
 
@@ -110,6 +109,14 @@ def _check_ignore_index(value: Any, dtype: torch.dtype) -> int:
     if not limits.min <= value <= limits.max:
         raise ValueError(f"ignore_index must fit the dtype of target ({dtype}), got {value}")
     return value
+
+
+def check_reduction(reduction: Any, normalizer: Any = None) -> None:
+    """A reduction by name; only a mean has a divisor to replace."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer needs reduction='mean', got reduction={reduction!r}")
 
 
 def check_constant(name: str, value: Any, call: HeadCall, shape: Any, layout: str) -> Tensor | None:
@@ -144,7 +151,8 @@ def direct_call(name: str, *args: Any, **constants: tuple[Tensor | None, Any]) -
     return call
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What autocast makes of a linear layer's operands; float64 stays."""
     kind = tensors[0].device.type if tensors[0] is not None else "cpu"
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # autocast knows no meta device
         return tensors

@@ -9,14 +9,12 @@ from torch import Tensor
 
 from varstream._checks import check_bool, check_float, check_normalizer
 from varstream.ops._cross_entropy_terms import Terms, terms_of
-from varstream.ops._head import HeadCall, check_constant, check_head
+from varstream.ops._head import HeadCall, check_constant, check_head, check_reduction
 from varstream.ops._head_options import chunk_size_from_options
 from varstream.ops._linear_cross_entropy import loss_sum
 from varstream.ops._token_logprobs import row_values
 from varstream.reference.cross_entropy import Scales
 from varstream.reference.token_logprobs import Wanted
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 class CrossEntropyMetrics(NamedTuple):
@@ -160,8 +158,7 @@ def linear_cross_entropy(
     Source: class weights and smoothing as ``torch.nn.functional.cross_entropy``; the z term of
     PaLM (Chowdhery et al., 2022).
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_reduction(reduction, normalizer)
     call = check_head(
         input,
         linear_weight,
@@ -176,8 +173,6 @@ def linear_cross_entropy(
     chunk_size = chunk_size_from_options(options, chunk_size, call.input.dtype)
     if chunk_size is not None:
         call = call._replace(chunk_size=chunk_size)
-    if normalizer is not None and reduction != "mean":
-        raise ValueError(f"normalizer needs reduction='mean', got reduction={reduction!r}")
     check_bool("return_metrics", return_metrics)
     terms = terms_of(
         call,

@@ -19,10 +19,11 @@ from varstream._checks import (
     check_float,
     check_int,
     check_no_transforms,
+    check_positive,
     check_same_dtype,
     check_tensor,
 )
-from varstream.ops._head import AUTO_CHUNK, OnceOnly, _autocast, may_overwrite
+from varstream.ops._head import AUTO_CHUNK, OnceOnly, cast_for_autocast, may_overwrite
 from varstream.ops._token_logprobs import gradient_fakes
 from varstream.reference import distillation as reference
 from varstream.reference.head import Head
@@ -84,16 +85,13 @@ def check_distillation(call: DistillationCall) -> DistillationCall:
     ):
         if value is not None:
             check_tensor(name, value, shape=(rows,), dtypes=dtypes, device=device, layout="(N,)")
-    temperature = check_float("temperature", call.temperature, low=0.0)
-    if temperature == 0.0:
-        raise ValueError("temperature must be above 0, got 0.0")
     return DistillationCall(
         *student,
         *teacher,
         call.mask,
         None if call.token_weight is None else call.token_weight.detach(),
         check_float("beta", call.beta, low=0.0, high=1.0),
-        temperature,
+        check_positive("temperature", call.temperature),
         check_float("logit_scale", call.logit_scale),
         check_float("softcap", call.softcap, low=0.0),
         check_float("teacher_logit_scale", call.teacher_logit_scale),
@@ -114,7 +112,7 @@ def _check_projection(
         raise ValueError(f"{weight_name} must have at least one class {classes}, got 0")
     if bias is not None:
         check_tensor(bias_name, bias, shape=weight.shape[:1], device=device, layout="(V,)")
-    input, weight, bias = _autocast(input, weight, bias)
+    input, weight, bias = cast_for_autocast(input, weight, bias)
     check_same_dtype(**{input_name: input, weight_name: weight, bias_name: bias})
     return input, weight, bias
 
