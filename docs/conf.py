@@ -15,7 +15,6 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["conftest.py"]
 source_suffix = {".md": "markdown"}
 nitpicky = False  # torch's own types have no inventory offline
 

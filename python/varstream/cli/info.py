@@ -30,7 +30,7 @@ PACKAGES = (
     ),
     ("tokenizers", "tokenizers", "varstream demo"),
     ("matplotlib", "matplotlib", "figures of varstream demo and of the benchmarks"),
-    ("trl", "trl", "its trainers over a streamed model"),
+    ("trl", "trl", "its trainers over a streamed model, on our log-probs (fused-head hook)"),
     ("liger_kernel", "liger-kernel", "a peer in the benchmarks; its signature works without it"),
     ("peft", "peft", "nothing yet: vs.stream refuses LoRA adapters by name"),
 )

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from varstream.encoder.families import FAMILIES, Family
+from varstream.encoder.families import FAMILIES
 from varstream.streaming import UnsupportedModelError
 
 IGNORE_INDEX = -100
@@ -54,7 +54,7 @@ HEADS["BertForNextSentencePrediction"] = _FIRST
 HEADS["ElectraForPreTraining"] = Head()  # its loss takes real positions only
 
 
-def head_of(model: Any, family: Family) -> Head:
+def head_of(model: Any) -> Head:
     """The rule for a model.
 
     Raises:

@@ -84,7 +84,7 @@ def padding_free(model: Any) -> Any:
         restore_padding(model)
     backbone = model.base_model
     check_stock("the model", model, family)
-    head = head_of(model, family)
+    head = head_of(model)
     check_backbone(backbone, family)
     pooled = getattr(backbone, "pooler", None) is not None
     state = State(replace(head, reads_first=head.reads_first or pooled), family)

@@ -72,6 +72,7 @@ def stream(
     head_chunk_size: int | str = "auto",
     offload: bool = False,
     memory_budget: int | None = None,
+    *,
     reverse: bool = False,
     optimizer: str = "adamw",
 ) -> Any:
