@@ -318,6 +318,23 @@ def test_no_logits():
         ({"chunk_mem_const": 0}, ValueError, "chunk_mem_const must be >= 1, got 0"),
         ({"reduction": "batch"}, ValueError, "reduction must be one of"),
         ({"target": torch.zeros(3, dtype=torch.int64)}, ValueError, "target must have size 23"),
+        ({"target": [0] * N}, TypeError, "target must be a torch.Tensor, got list"),
+        (
+            {"target": torch.zeros(N)},
+            ValueError,
+            "target must have dtype int64, int32, got float32",
+        ),
+        ({"input": None}, TypeError, "input must be a torch.Tensor, got NoneType"),
+        ({"weight": torch.zeros(V, D + 1)}, ValueError, "weight must have size 7 in dimension 1"),
+        ({"bias": 1.0}, TypeError, "bias must be a torch.Tensor, got float"),
+        ({"ce_weight": torch.ones(V + 1)}, ValueError, "ce_weight must have size 37"),
+        ({"ignore_index": float("nan")}, TypeError, "ignore_index must be an int, got float"),
+        ({"ignore_index": -100.0}, TypeError, "ignore_index must be an int, got float"),
+        (
+            {"ignore_index": torch.tensor(-100)},
+            TypeError,
+            "ignore_index must be an int, got Tensor",
+        ),
     ],
 )
 def test_errors(change, error, message):
@@ -329,6 +346,38 @@ def test_errors(change, error, message):
 def test_causal_loss_needs_labels():
     with pytest.raises(ValueError, match="labels or shift_labels must be given"):
         LigerForCausalLMLoss(torch.randn(1, 2, D), torch.randn(V, D), None, D)
+
+
+LABELS = torch.zeros(2, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"hidden_states": [[0.0]]}, TypeError, "hidden_states must be a torch.Tensor, got list"),
+        ({"hidden_states": LABELS}, ValueError, "hidden_states must have dtype float64"),
+        ({"hidden_states": torch.zeros(D)}, ValueError, "hidden_states must have at least 2 dim"),
+        ({"lm_head_weight": None}, TypeError, "lm_head_weight must be a torch.Tensor"),
+        ({"lm_head_weight": torch.zeros(V, 5)}, ValueError, "lm_head_weight must have size 7"),
+        ({"hidden_size": 0}, ValueError, "hidden_size must be >= 1, got 0"),
+        ({"hidden_size": -1}, ValueError, "hidden_size must be >= 1, got -1"),
+        ({"hidden_size": 7.0}, TypeError, "hidden_size must be an int, got float"),
+        ({"hidden_size": 5}, ValueError, "hidden_size must be the last size .* 7, got 5"),
+        ({"labels": [0] * 6}, TypeError, "^labels must be a torch.Tensor, got list"),
+        ({"labels": LABELS[0, 0]}, ValueError, r"^labels must have one label .* 6, got shape \(\)"),
+        ({"labels": LABELS.float()}, ValueError, "^labels must have dtype int64, int32"),
+        ({"labels": LABELS[:1]}, ValueError, "^labels must have one label per hidden state"),
+        ({"shift_labels": 3}, TypeError, "shift_labels must be a torch.Tensor, got int"),
+        ({"shift_labels": LABELS[0, 0]}, ValueError, "shift_labels must have one label"),
+        ({"ignore_index": float("nan")}, TypeError, "ignore_index must be an int, got float"),
+        ({"ignore_index": torch.tensor(0)}, TypeError, "ignore_index must be an int, got Tensor"),
+    ],
+)
+def test_causal_loss_errors(change, error, message):
+    given = {"hidden_states": torch.randn(2, 3, D), "lm_head_weight": torch.randn(V, D)}
+    given |= {"labels": LABELS, "hidden_size": D}
+    with pytest.raises(error, match=message):
+        LigerForCausalLMLoss(**(given | change))
 
 
 def test_accum_dtype_of_ours_is_taken():

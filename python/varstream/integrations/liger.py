@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varstream._checks import FLOATING, acc_dtype, check_bool, check_float, check_int, check_tensor
+from varstream._checks import (
+    FLOATING,
+    INTEGERS,
+    acc_dtype,
+    check_bool,
+    check_float,
+    check_int,
+    check_tensor,
+)
 from varstream.ops.linear_cross_entropy import linear_cross_entropy
 from varstream.ops.token_logprobs import token_logprobs
 
@@ -89,8 +97,12 @@ def liger_fused_linear_cross_entropy(
     (arXiv 2508.05629); the z term is PaLM's (arXiv 2204.02311).
     """
     check_tensor("input", input, ndim=2, dtypes=FLOATING, layout="(N, d)")
-    check_tensor("weight", weight, ndim=2, layout="(V, d)")
-    check_tensor("target", target, shape=(input.shape[0],), layout="(N,)")
+    check_tensor("weight", weight, shape=(None, input.shape[1]), layout="(V, d)")
+    check_tensor("target", target, shape=(input.shape[0],), dtypes=INTEGERS, layout="(N,)")
+    for name, given in (("bias", bias), ("ce_weight", ce_weight)):
+        if given is not None:
+            check_tensor(name, given, shape=(weight.shape[0],), layout="(V,)")
+    check_int("ignore_index", ignore_index)
     check_float("label_smoothing", label_smoothing, low=0.0, high=1.0)
     check_float("lse_square_scale", lse_square_scale, low=0.0)
     _check_accum_dtype(accum_dtype, input.dtype)
@@ -184,8 +196,8 @@ def LigerForCausalLMLoss(  # noqa: N802  # Liger's name
     Args:
         hidden_states: ``(B, S, d)`` or ``(N, d)``.
         lm_head_weight: ``(V, d)``.
-        labels: ``(B, S)``; position s is trained on label s + 1. Not read when ``shift_labels`` is
-            given.
+        labels: ``(B, S)``, or ``(N,)`` for one sequence; position s is trained on label s + 1. Not
+            read when ``shift_labels`` is given.
         hidden_size: d.
         num_items_in_batch: divisor of the summed loss in place of the number of valid labels.
         ignore_index: labels that take no part.
@@ -200,14 +212,21 @@ def LigerForCausalLMLoss(  # noqa: N802  # Liger's name
         The loss, or a ``CrossEntropyOutput`` with two ``return_*`` results.
 
     Raises:
-        TypeError, ValueError: as the function; or neither ``labels`` nor ``shift_labels`` is given.
+        TypeError, ValueError: as the function; or neither ``labels`` nor ``shift_labels`` is given,
+            or there isn't one label per hidden state, or ``hidden_size`` isn't d.
     """
-    if shift_labels is None:
-        if labels is None:
-            raise ValueError("labels or shift_labels must be given, got None for both")
+    rows = _rows(hidden_states, hidden_size)
+    check_tensor("lm_head_weight", lm_head_weight, shape=(None, hidden_size), layout="(V, d)")
+    check_int("ignore_index", ignore_index)
+    if shift_labels is not None:
+        shift_labels = _check_labels("shift_labels", shift_labels, rows.shape[0])
+    elif labels is not None:
+        labels = _check_labels("labels", labels, rows.shape[0])
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    else:
+        raise ValueError("labels or shift_labels must be given, got None for both")
     result = liger_fused_linear_cross_entropy(
-        hidden_states.reshape(-1, hidden_size),
+        rows,
         lm_head_weight,
         shift_labels.reshape(-1).to(hidden_states.device),
         ignore_index=ignore_index,
@@ -237,6 +256,34 @@ _PASSED_ON = {
     "use_token_scaling",
     "chunk_mem_const",
 }
+
+
+def _rows(hidden_states: Any, hidden_size: Any) -> Tensor:
+    """Hidden states (..., d) as rows (N, d)."""
+    layout = "(B, S, d) or (N, d)"
+    check_tensor("hidden_states", hidden_states, dtypes=FLOATING)
+    width = check_int("hidden_size", hidden_size, low=1)
+    if hidden_states.dim() < 2:
+        raise ValueError(
+            f"hidden_states must have at least 2 dimensions {layout}, "
+            f"got shape {tuple(hidden_states.shape)}"
+        )
+    if hidden_states.shape[-1] != width:
+        raise ValueError(
+            f"hidden_size must be the last size of hidden_states {layout}, "
+            f"{hidden_states.shape[-1]}, got {hidden_size}"
+        )
+    return hidden_states.flatten(0, -2)
+
+
+def _check_labels(name: str, labels: Any, rows: int) -> Tensor:
+    check_tensor(name, labels, dtypes=INTEGERS)
+    if labels.dim() == 0 or labels.numel() != rows:
+        raise ValueError(
+            f"{name} must have one label per hidden state (B, S), {rows}, "
+            f"got shape {tuple(labels.shape)}"
+        )
+    return labels
 
 
 def _check_accum_dtype(accum_dtype: Any, dtype: torch.dtype) -> None:
