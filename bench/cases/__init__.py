@@ -8,13 +8,16 @@ from ..case import Case
 from ..results import BenchError
 from . import (
     attention,
+    attention_options,
     batching,
+    collation,
     encoder,
     head,
     head_peers,
     imports,
     logprobs,
     merge,
+    objective_loops,
     objectives,
     packing,
     streaming,
@@ -23,14 +26,17 @@ from . import (
 TOPICS = (
     packing,
     attention,
+    attention_options,
     merge,
     head,
     head_peers,
     logprobs,
     objectives,
+    objective_loops,
     encoder,
     streaming,
     batching,
+    collation,
     imports,
 )
 

@@ -151,7 +151,8 @@ def _distillation(name: str, beta: float, note: str) -> Case:
     )
 
 
-def _objective(name: str, ours: Callable[..., Any], loop: Callable[..., Tensor]) -> Case:
+def objective_case(name: str, ours: Callable[..., Any], loop: Callable[..., Tensor]) -> Case:
+    """One objective beside the loop that does the same."""
     return Case(
         f"objectives/{name}",
         f"objectives.{name}",
@@ -169,6 +170,6 @@ def _objective(name: str, ours: Callable[..., Any], loop: Callable[..., Tensor])
 CASES = (
     _distillation("forward_kl", 0.0, "KL(teacher || student)"),
     _distillation("jsd", 0.5, "Jensen-Shannon divergence"),
-    _objective("grpo", _grpo, _loop_grpo),
-    _objective("dpo", _dpo, _loop_dpo),
+    objective_case("grpo", _grpo, _loop_grpo),
+    objective_case("dpo", _dpo, _loop_dpo),
 )
