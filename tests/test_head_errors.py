@@ -178,7 +178,7 @@ LOSS = {
         ValueError,
         r"ignore_index must fit the dtype of target \(torch.int32\), got 4294967299",
     ),
-    "ignore_index_large": (dict(ignore_index=2**70), ValueError, "ignore_index must fit the dtype"),
+    "ignore_index_large": (dict(ignore_index=2**70), ValueError, "ignore_index must fit"),
     "sparse": (
         dict(input=torch.zeros(16, 9).to_sparse()),
         ValueError,

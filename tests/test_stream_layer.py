@@ -236,6 +236,21 @@ BAD = {
     "kv_triple": ({"kv": lambda x, p: (x, x, x)}, r"the pair \(k, v\), got tuple of 3"),
     "dropout": ({"dropout_p": 0.1}, "stream_layer can't honour dropout_p"),
     "positions": ({"position_ids": torch.arange(4)}, "position_ids must have size 3"),
+    "positions_dtype": (
+        {"position_ids": torch.zeros(3)},
+        "position_ids must have dtype int64, int32, got float32",
+    ),
+    "no_kv": ({"kv": None}, "kv must be a function, got NoneType"),
+    "rest_type": ({"rest": "rest"}, "rest must be a function, got str"),
+    "slopes_rows": (
+        {"alibi_slopes": torch.zeros(1, HQ)},
+        r"alibi_slopes must have 1 dimensions \(Hq,\), got shape \(1, 4\)",
+    ),
+    "slopes_heads": (
+        {"alibi_slopes": torch.zeros(3)},
+        r"alibi_slopes must have size 4 in dimension 0 \(Hq,\), got shape \(3,\)",
+    ),
+    "slopes_type": ({"alibi_slopes": [0.5] * HQ}, "alibi_slopes must be a torch.Tensor, got list"),
 }
 
 
@@ -251,6 +266,37 @@ def test_errors(change, message):
     }
     with pytest.raises((TypeError, ValueError), match=message):
         vs.stream_layer(**(arguments | change))
+
+
+def test_functions_are_checked_before_any_work():
+    layer = Layer()
+    with pytest.raises(TypeError, match="rest must be a function, got NoneType"):
+        vs.stream_layer(layer.kv, None, torch.zeros(3, D), cu_seqlens([3]), params=layer.params)
+    assert layer.kv_rows == 0
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_attend_may_be_called_any_number_of_times(calls):
+    layer, cu = Layer(), cu_seqlens([5, 9])
+    x = torch.randn(14, D, dtype=torch.float64, requires_grad=True)
+
+    def rest(x, pos, attend):
+        y = x
+        for i in range(calls):
+            q = (torch.tanh(y) @ layer.w["q"]).view(-1, HQ, HD)
+            y = y + (i + 1) * attend(q).flatten(1) @ layer.w["o"]
+        return y @ layer.w["m"]
+
+    k, v = layer.kv(x, positions([5, 9]))
+    want = rest(x, None, lambda q: dense_attention(q, k, v, cu, causal=True)[0])
+    leaves, dy = [x, *layer.params], torch.randn_like(want)
+    expected = torch.autograd.grad(want, leaves, dy, materialize_grads=True)
+    for chunk_size in (1, 4, 14):
+        y = vs.stream_layer(layer.kv, rest, x, cu, params=layer.params, chunk_size=chunk_size)
+        assert_exact(y, want)
+        got = torch.autograd.grad(y, leaves, dy)
+        for g, w in zip(got, expected, strict=True):
+            assert_exact(g, w)
 
 
 def test_params_may_be_walked_only_once():

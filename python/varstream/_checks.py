@@ -7,7 +7,8 @@ is written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,11 +58,12 @@ def check_tensor(
         layout: the contract's shape in words, such as ``"(total_q, Hq, D)"``, for the message.
 
     Raises:
-        TypeError: ``value`` is no tensor.
+        TypeError: ``value`` is no tensor, or one that ``check_no_transforms`` refuses.
         ValueError: it is sparse, or dimensions, sizes, dtype or device aren't what is required.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    check_no_transforms(name, value)
     if value.layout is not torch.strided:
         raise ValueError(f"{name} must be a dense, strided tensor, got {value.layout}")
     words = f" {layout}" if layout else ""
@@ -87,31 +89,40 @@ def check_tensor(
     return value
 
 
-def check_no_transforms(**tensors: Any) -> None:
-    """Refuse tensors inside ``torch.func`` transforms and forward-mode duals.
+def check_no_transforms(name: str, value: Tensor) -> None:
+    """Refuse a tensor inside a ``torch.func`` transform and a forward-mode dual.
 
     The operators know reverse mode only; torch would drop a tangent, or the gradient of a batched
     tensor, without a word.
 
     Raises:
-        TypeError: one of the tensors is batched, tracked or dual.
+        TypeError: the tensor is batched, tracked or dual.
     """
     if is_compiling():
         return
     functorch = torch._C._functorch
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            continue
-        if functorch.is_batchedtensor(value) or functorch.is_gradtrackingtensor(value):
-            raise TypeError(
-                f"{name} must be a plain tensor: torch.func transforms are not supported, "
-                f"got one inside {'vmap' if functorch.is_batchedtensor(value) else 'grad or jvp'}"
-            )
-        if forward_ad.unpack_dual(value).tangent is not None:
-            raise TypeError(
-                f"{name} must be a plain tensor: forward-mode derivatives are not supported, "
-                "got a dual tensor"
-            )
+    if functorch.is_batchedtensor(value) or functorch.is_gradtrackingtensor(value):
+        raise TypeError(
+            f"{name} must be a plain tensor: torch.func transforms are not supported, "
+            f"got one inside {'vmap' if functorch.is_batchedtensor(value) else 'grad or jvp'}"
+        )
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise TypeError(
+            f"{name} must be a plain tensor: forward-mode derivatives are not supported, "
+            "got a dual tensor"
+        )
+
+
+@contextmanager
+def op_errors(name: str) -> Iterator[None]:
+    """Errors of the checks inside as those of the operator ``varstream::name``.
+
+    An operator checks again what its public wrapper has checked: a direct call has not.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(f"varstream::{name}: {error}") from None
 
 
 def check_same_dtype(**tensors: Tensor | None) -> torch.dtype:
@@ -132,7 +143,11 @@ def check_float(
     """Check a real number, finite and within ``[low, high]``, and return it as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        bits = int(value).bit_length()
+        raise ValueError(f"{name} must be finite as a float, got an int of {bits} bits") from None
     if number != number or number in (float("inf"), float("-inf")):
         raise ValueError(f"{name} must be finite, got {value}")
     if low is not None and number < low:
@@ -151,9 +166,14 @@ def check_positive(name: str, value: Any) -> float:
 
 
 def check_int(name: str, value: Any, *, low: int | None = None) -> int:
-    """Check an integer (a ``SymInt`` while compiling) not below ``low`` and return it."""
+    """Check an integer (a ``SymInt`` while compiling) of at most 64 bits, not below ``low``."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        bits = value.bit_length()
+        raise ValueError(
+            f"{name} must fit an int of 64 bits (at most 2**63 - 1), got one of {bits} bits"
+        )
     if low is not None and value < low:
         raise ValueError(f"{name} must be >= {low}, got {value}")
     return value  # type: ignore[return-value]
@@ -164,6 +184,14 @@ def check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
     return value
+
+
+def check_device(name: str, value: Any) -> torch.device:
+    """Check a device, or what names one, and return it; whether it is there is not looked at."""
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{name} must be a device such as 'cpu', got {value!r}") from None
 
 
 def check_mask_values(name: str, mask: Tensor) -> None:
@@ -187,13 +215,14 @@ def check_normalizer(value: Any, count: Tensor, like: Tensor, name: str = "norma
     a sum over nothing stays 0. Its value is checked where that costs no device synchronisation.
     """
     if isinstance(value, Tensor):
+        check_tensor(name, value)
         if value.numel() != 1:
             raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
         if value.is_complex() or value.dtype == torch.bool:
             raise ValueError(f"{name} must have a real dtype, got {value.dtype}")
     else:
         if not isinstance(value, torch.SymInt):
-            check_float(name, value, low=0.0)
+            value = check_float(name, value, low=0.0, high=torch.finfo(like.dtype).max)
         value = torch.full_like(like, value, requires_grad=False)
     divisor = value.detach().reshape(()).to(like)
     if values_visible(count, divisor) and bool(count > 0) and not bool(divisor > 0):

@@ -1,4 +1,4 @@
-"""What the two head operators share: checks, autocast, the refusal of second derivatives."""
+"""What the two head operators share: checks, the refusal of second derivatives."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from varstream._checks import (
     INTEGERS,
     check_float,
     check_int,
-    check_no_transforms,
     check_positive,
     check_same_dtype,
     check_tensor,
+    op_errors,
 )
+from varstream.ops._autocast import cast_for_autocast
 from varstream.reference.head import Head
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -56,9 +57,6 @@ def check_head(
     chunk_size: Any,
 ) -> HeadCall:
     """Check what both operators take; autocast applies as to a linear layer."""
-    check_no_transforms(
-        input=input, linear_weight=linear_weight, linear_bias=linear_bias, target=target
-    )
     check_tensor("input", input, ndim=2, dtypes=FLOATING, layout="(N, d)")
     rows, width = input.shape
     device = input.device
@@ -141,23 +139,12 @@ def direct_call(name: str, *args: Any, **constants: tuple[Tensor | None, Any]) -
     call = HeadCall(*args)
     given = call._asdict()
     chunk = given.pop("chunk_size")
-    try:
+    with op_errors(name):
         check_head(**given, chunk_size=None if chunk == AUTO_CHUNK else chunk)
         for key, (value, shape) in constants.items():
             if value is not None:
                 check_tensor(key, value, shape=shape, dtypes=FLOATING, device=call.input.device)
-    except (TypeError, ValueError) as error:
-        raise RuntimeError(f"varstream::{name}: {error}") from None
     return call
-
-
-def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What autocast makes of a linear layer's operands; float64 stays."""
-    kind = tensors[0].device.type if tensors[0] is not None else "cpu"
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # autocast knows no meta device
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def refuse_second_derivative(name: str) -> NoReturn:

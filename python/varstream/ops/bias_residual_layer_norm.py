@@ -14,7 +14,9 @@ from varstream._checks import (
     check_float,
     check_same_dtype,
     check_tensor,
+    op_errors,
 )
+from varstream.ops._autocast import float_for_autocast
 from varstream.ops._head import refuse_second_derivative
 from varstream.reference import encoder as reference
 
@@ -65,19 +67,10 @@ def bias_residual_layer_norm(
 
     Source: layer normalisation (Ba et al., 2016); the fusion is ByteTransformer's (2210.03052).
     """
-    x, bias, residual, weight, ln_bias = _autocast(x, bias, residual, weight, ln_bias)
+    x, bias, residual, weight, ln_bias = float_for_autocast(x, bias, residual, weight, ln_bias)
     call = _check(x, bias, residual, weight, ln_bias, eps)
     y: Tensor = torch.ops.varstream.bias_residual_layer_norm(*call)[0]
     return y
-
-
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    """float32 in place of low precision under autocast."""
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    low = (torch.bfloat16, torch.float16)
-    return tuple(t.float() if isinstance(t, Tensor) and t.dtype in low else t for t in tensors)
 
 
 def _check(x: Any, bias: Any, residual: Any, weight: Any, ln_bias: Any, eps: Any) -> Call:
@@ -93,14 +86,6 @@ def _check(x: Any, bias: Any, residual: Any, weight: Any, ln_bias: Any, eps: Any
     return Call(x, bias, residual, weight, ln_bias, check_float("eps", eps, low=0.0))
 
 
-def _direct(*args: Any) -> Call:
-    """The op's own checks: what the public call has checked already, a direct call has not."""
-    try:
-        return _check(*args)
-    except (TypeError, ValueError) as error:
-        raise RuntimeError(f"varstream::{NAME}: {error}") from None
-
-
 # --- kernels, fakes, autograd ---------------------------------------------------------------------
 
 
@@ -110,7 +95,8 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
 
 @_load.composed_kernel(NAME)
 def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = _direct(*args)
+    with op_errors(NAME):
+        call = _check(*args)
     x = call.x.reshape(-1, call.x.shape[-1])
     y, mean, rstd = reference.layer_norm_forward(
         x, call.bias, _rows(call.residual), call.weight, call.ln_bias, call.eps
@@ -136,15 +122,13 @@ def _backward(
     rstd: Tensor,
     *need: bool,
 ) -> tuple[Tensor, ...]:
-    call = _direct(x, bias, residual, weight, None, 0.0)
-    acc = acc_dtype(x.dtype)
-    wanted = {"dy": (dy, x.shape, x.dtype)}
-    wanted |= {"mean": (mean, x.shape[:-1], acc), "rstd": (rstd, x.shape[:-1], acc)}
-    try:
+    with op_errors(f"{NAME}_bwd"):
+        call = _check(x, bias, residual, weight, None, 0.0)
+        acc = acc_dtype(x.dtype)
+        wanted = {"dy": (dy, x.shape, x.dtype)}
+        wanted |= {"mean": (mean, x.shape[:-1], acc), "rstd": (rstd, x.shape[:-1], acc)}
         for name, (tensor, shape, dtype) in wanted.items():
             check_tensor(name, tensor, shape=shape, dtypes=(dtype,), device=x.device)
-    except ValueError as error:
-        raise RuntimeError(f"varstream::{NAME}_bwd: {error}") from None
     rows = call.x.reshape(-1, x.shape[-1])
     dy_rows = dy.reshape(rows.shape)
     dx, *rest = reference.layer_norm_backward(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from varstream import _load
-from varstream._checks import FLOATING, check_same_dtype, check_tensor
+from varstream._checks import FLOATING, check_same_dtype, check_tensor, op_errors
+from varstream.ops._autocast import cast_for_autocast
 from varstream.ops._head import refuse_second_derivative
 from varstream.reference import encoder as reference
 
@@ -50,22 +51,12 @@ def linear_bias_gelu(
 
     Source: GELU (Hendrycks and Gimpel, 2016); the fusion is ByteTransformer's (2210.03052).
     """
-    x, weight, bias = _autocast(x, weight, bias)
+    x, weight, bias = cast_for_autocast(x, weight, bias)
     call = _check(x, weight, bias, approximate)
     given = (x, weight, bias)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     y: Tensor = torch.ops.varstream.linear_bias_gelu(*call, keep)[0]
     return y
-
-
-def _autocast(*tensors: Any) -> tuple[Any, ...]:
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors
-    )
 
 
 def _check(x: Any, weight: Any, bias: Any, approximate: Any) -> Call:
@@ -84,14 +75,6 @@ def _check(x: Any, weight: Any, bias: Any, approximate: Any) -> Call:
     return Call(x, weight, bias, approximate)
 
 
-def _direct(*args: Any) -> Call:
-    """The op's own checks: what the public call has checked already, a direct call has not."""
-    try:
-        return _check(*args)
-    except (TypeError, ValueError) as error:
-        raise RuntimeError(f"varstream::{NAME}: {error}") from None
-
-
 # --- kernels, fakes, autograd ---------------------------------------------------------------------
 
 
@@ -103,7 +86,8 @@ def _rows(tensor: Tensor) -> Tensor:
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, keep_pre: bool
 ) -> tuple[Tensor, Tensor]:
-    _direct(x, weight, bias, approximate)
+    with op_errors(NAME):
+        _check(x, weight, bias, approximate)
     shape = *x.shape[:-1], weight.shape[0]
     y, pre = reference.linear_gelu_forward(_rows(x), weight, bias, approximate, keep_pre)
     return y.view(shape), pre.view(shape) if keep_pre else pre
@@ -121,13 +105,11 @@ def _fake(
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, pre: Tensor, approximate: str, *need: bool
 ) -> tuple[Tensor, ...]:
-    _direct(x, weight, None, approximate)
-    shape = (*x.shape[:-1], weight.shape[0])
-    try:
+    with op_errors(f"{NAME}_bwd"):
+        _check(x, weight, None, approximate)
+        shape = (*x.shape[:-1], weight.shape[0])
         for name, tensor in (("dy", dy), ("pre", pre)):
             check_tensor(name, tensor, shape=shape, dtypes=(x.dtype,), device=x.device)
-    except ValueError as error:
-        raise RuntimeError(f"varstream::{NAME}_bwd: {error}") from None
     dx, *rest = reference.linear_gelu_backward(
         _rows(dy), _rows(x), weight, _rows(pre), approximate, need
     )

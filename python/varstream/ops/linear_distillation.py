@@ -18,12 +18,13 @@ from varstream._checks import (
     acc_dtype,
     check_float,
     check_int,
-    check_no_transforms,
     check_positive,
     check_same_dtype,
     check_tensor,
+    op_errors,
 )
-from varstream.ops._head import AUTO_CHUNK, OnceOnly, cast_for_autocast, may_overwrite
+from varstream.ops._autocast import cast_for_autocast
+from varstream.ops._head import AUTO_CHUNK, OnceOnly, may_overwrite
 from varstream.ops._token_logprobs import gradient_fakes
 from varstream.reference import distillation as reference
 from varstream.reference.head import Head
@@ -67,7 +68,6 @@ class DistillationCall(NamedTuple):
 
 def check_distillation(call: DistillationCall) -> DistillationCall:
     """Check every argument but ``chunk_size`` 0, the automatic rule; autocast applies to both."""
-    check_no_transforms(**dict(zip(call._fields[:8], call[:8], strict=True)))
     student = _check_projection("input linear_weight linear_bias", "(N, d)", "(V, d)", *call[:3])
     names = "teacher_input teacher_weight teacher_bias"
     teacher = _check_projection(names, "(N, e)", "(V, e)", *call[3:6])
@@ -137,10 +137,8 @@ def divergences(call: DistillationCall, summed: bool) -> tuple[Tensor, Tensor, T
 
 @_load.composed_kernel(NAME)
 def _kernel(*args: Any) -> tuple[Tensor, ...]:
-    try:
+    with op_errors(NAME):
         call = check_distillation(DistillationCall(*args[:15]))
-    except (TypeError, ValueError) as error:
-        raise RuntimeError(f"varstream::{NAME}: {error}") from None
     return reference.linear_distillation(
         call.input,
         call.student(),

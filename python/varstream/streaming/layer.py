@@ -16,10 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varstream._checks import FLOATING, acc_dtype, check_bool, check_cu_seqlens, check_tensor
+from varstream._checks import (
+    FLOATING,
+    INTEGERS,
+    acc_dtype,
+    check_bool,
+    check_cu_seqlens,
+    check_tensor,
+)
+from varstream.ops._autocast import cast_for_autocast
 from varstream.ops.attention import varlen_attention
 from varstream.ops.attention_backward import varlen_attention_backward
-from varstream.ops.attention_call import autocast_cast
 from varstream.streaming.gradients import GradientSums, without_hooks
 from varstream.streaming.schedule import DeviceChunk, Schedule, resolve_chunk_size
 
@@ -62,13 +69,14 @@ def stream_layer(
     Args:
         kv: ``kv(x (c, d), pos (c,)) -> k (c, Hkv, D), v (c, Hkv, Dv)``, positions already applied.
         rest: ``rest(x (c, d), pos (c,), attend) -> y (c, d_out)``, where ``attend(q (c, Hq, D)) ->
-            (c, Hq, Dv)``; it calls ``attend`` at most once.
+            (c, Hq, Dv)``; it may call ``attend`` any number of times.
         x: ``(n, d)`` packed rows.
         cu_seqlens: int32 ``(B+1,)``, the documents' cumulative lengths, ending at n.
         params: the tensors whose gradients are wanted, such as ``layer.parameters()``; gradients
             of others used inside are not formed.
-        chunk_size: rows of a chunk, or ``"auto"``.
-        position_ids: ``(n,)`` int64; default restarts at 0 in each document.
+        chunk_size: rows of a chunk, or ``"auto"``: 1024 on the CPU, 4096 on CUDA. Nothing is known
+            here of the layer's memory, so nothing is planned.
+        position_ids: ``(n,)`` int64 or int32; default restarts at 0 in each document.
         causal: each row sees its document up to itself. Streaming needs this to be true.
         reverse: walk the chunks last to first; the result is the same to rounding.
         attention_kwargs: ``window``, ``softmax_scale``, ``softcap``, ``alibi_slopes`` (``(Hq,)``)
@@ -78,10 +86,14 @@ def stream_layer(
         y ``(n, d_out)``, differentiable with respect to x and params, once.
 
     Raises:
-        TypeError, ValueError: an argument breaks its contract.
+        TypeError, ValueError: an argument breaks its contract; the message names it. What ``kv``,
+            ``rest`` and ``attend`` are given or return is checked when they run.
 
     Source: StreamBP (arXiv 2506.03077), changed as the module's text says.
     """
+    for name, function in (("kv", kv), ("rest", rest)):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, got {type(function).__name__}")
     check_tensor("x", x, ndim=2, layout="(n, d)")
     check_tensor("x", x, dtypes=FLOATING)
     check_cu_seqlens("cu_seqlens", cu_seqlens, x.shape[0], x.device)
@@ -94,14 +106,18 @@ def stream_layer(
         raise ValueError(
             f"stream_layer can't honour {', '.join(unknown)}; it takes {sorted(allowed)}"
         )
+    if (slopes := attention_kwargs.get("alibi_slopes")) is not None:
+        # A row of slopes for each document would need the documents of each chunk.
+        check_tensor("alibi_slopes", slopes, ndim=1, layout="(Hq,)")
+        check_tensor("alibi_slopes", slopes, dtypes=FLOATING, device=x.device)
     lengths = cu_seqlens.tolist()
     if position_ids is None:
         starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=x.shape[0])
         position_ids = torch.arange(x.shape[0], device=x.device) - starts
     else:
-        check_tensor(
-            "position_ids", position_ids, shape=(x.shape[0],), device=x.device, layout="(n,)"
-        )
+        shape = (x.shape[0],)
+        check_tensor("position_ids", position_ids, shape=shape, device=x.device, layout="(n,)")
+        check_tensor("position_ids", position_ids, dtypes=INTEGERS)
     size = resolve_chunk_size(chunk_size, x.device)
     schedule = Schedule.make(lengths, size, x.device, reverse)
     return run_streamed(kv, rest, x, position_ids, schedule, unique, attention_kwargs)
@@ -188,6 +204,9 @@ class _Attend(torch.autograd.Function):
 def _attend(
     q: Tensor, keys: _Keys, chunk: DeviceChunk, attention: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
+    slopes = attention.get("alibi_slopes")
+    if slopes is not None and isinstance(q, Tensor) and q.dim() == 3:
+        check_tensor("alibi_slopes", slopes, shape=q.shape[1:2], layout="(Hq,)")
     return varlen_attention(  # type: ignore[return-value]
         q,
         keys.k[chunk.keys],
@@ -287,7 +306,7 @@ def _project(work: _Work, x: Tensor) -> _Keys | None:
         pair = work.kv(x[chunk.rows], work.positions[chunk.rows])
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"kv must return the pair (k, v), got {_kind(pair)}")
-        k, v = autocast_cast(*pair)
+        k, v = cast_for_autocast(*pair)
         _check_rows("kv's k", k, chunk.rows)
         _check_rows("kv's v", v, chunk.rows)
         if keys is None:
@@ -313,7 +332,7 @@ def _backward_rest(
     anchor = torch.zeros((), device=x.device, requires_grad=True)
 
     def attend(q: Tensor) -> Tensor:
-        return _Attend.apply(*autocast_cast(q), anchor, keys, chunk, work.attention)
+        return _Attend.apply(*cast_for_autocast(q), anchor, keys, chunk, work.attention)
 
     with torch.enable_grad():
         part = x[rows].detach().requires_grad_(dx is not None)
