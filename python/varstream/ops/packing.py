@@ -17,9 +17,11 @@ import varstream.reference.packing  # noqa: F401  (attaches the CPU kernels)
 from varstream._arrays import int_array
 from varstream._checks import (
     check_bool,
+    check_device,
     check_int,
     check_mask_values,
     check_tensor,
+    is_compiling,
     values_visible,
 )
 from varstream._load import autograd, fake_kernel
@@ -179,8 +181,11 @@ def cu_seqlens(
 
     Raises:
         TypeError: ``lengths`` holds no integers.
-        ValueError: a negative length, more than one dimension, or a total past int32.
+        ValueError: a negative length, more than one dimension, a total past int32, or a device that
+            torch doesn't know or doesn't have here.
     """
+    if device is not None:
+        device = _check_available(device)
     if isinstance(lengths, Tensor):
         counts = check_tensor("lengths", lengths, ndim=1, layout="(B,)")
         if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
@@ -195,6 +200,17 @@ def cu_seqlens(
         if float(counts.sum(dtype=torch.float64)) > INT32_MAX:
             raise ValueError(f"lengths must sum to less than 2**31, got {int(counts.sum())}")
     return _running_total(counts if device is None else counts.to(device))
+
+
+def _check_available(device: Any) -> torch.device:
+    """A device on which tensors can be made here."""
+    checked = check_device("device", device)
+    if not is_compiling():
+        try:
+            torch.empty(0, device=checked)
+        except (RuntimeError, AssertionError):  # torch asserts that a backend was compiled in
+            raise ValueError(f"device must be available here, got {str(device)!r}") from None
+    return checked
 
 
 def _running_total(lengths: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from varstream._checks import FLOATING, check_bool, check_int
+from varstream._checks import FLOATING, check_bool, check_device, check_int
 from varstream.planner import memory
 from varstream.planner.choose import (
     CPU_CHUNK,
@@ -165,7 +165,7 @@ def plan_memory(
     Source: the allocations of ``varstream.streaming`` and ``varstream.reference``, moment by
     moment; measured peaks are within a few per cent.
     """
-    if torch.device(device).type != "cpu":
+    if check_device("device", device).type != "cpu":
         raise ValueError(
             f'device must be "cpu", got {str(device)!r}: this version predicts CPU memory only'
         )
