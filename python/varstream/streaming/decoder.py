@@ -136,6 +136,10 @@ def _check_stock(name: str, module: nn.Module, kind: str) -> None:
             f"{name} is a {type(module).__module__}.{type(module).__qualname__}, "
             f"not a class of transformers.models.{kind}"
         )
+    if "_varstream_head" in module.__dict__:
+        raise UnsupportedModelError(
+            f"{name} has a fused head; call unfuse_head first (a streamed model needs none)"
+        )
     if "forward" in module.__dict__:
         raise UnsupportedModelError(
             f"{name} has a forward set on the instance; call vs.stream first and wrap afterwards"

@@ -29,7 +29,14 @@ from varstream.streaming.decoder import (
     check_supported,
 )
 from varstream.streaming.layer import run_streamed
-from varstream.streaming.rows import Rows, check_labels, make_rows, shift_labels
+from varstream.streaming.rows import (
+    Rows,
+    check_labels,
+    check_sequence_index,
+    documents_shown,
+    make_rows,
+    shift_labels,
+)
 from varstream.streaming.schedule import Schedule, resolve_chunk_size
 
 IGNORE_INDEX = -100
@@ -42,6 +49,7 @@ _KNOWN = {
     "cu_seq_lens_k",
     "max_length_q",
     "max_length_k",
+    "seq_idx",
 }
 _REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -203,6 +211,12 @@ def _backbone_forward(
     model."""
     state: State = getattr(self, _STATE)
     if not torch.is_grad_enabled() or use_cache or past_key_values is not None:
+        if use_cache is None and past_key_values is None:
+            attention_mask, position_ids, packed = documents_shown(
+                attention_mask, position_ids, kwargs.get("cu_seq_lens_q")
+            )
+            # With a cache, which is transformers' default, documents would see each other.
+            use_cache = False if packed else None
         return type(self).forward(
             self,
             input_ids=input_ids,
@@ -307,7 +321,11 @@ def _rows(
             check_tensor(name, lengths, ndim=1, layout="(B+1,)")
     if (cu is None) != (cu_k is None) or not (cu is cu_k or torch.equal(cu, cu_k)):  # type: ignore[arg-type]
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together and be equal")
-    return make_rows(given.shape[0], given.shape[1], given.device, attention_mask, position_ids, cu)
+    batch, seqlen = given.shape[:2]
+    rows = make_rows(batch, seqlen, given.device, attention_mask, position_ids, cu)
+    if kwargs.get("seq_idx") is not None:
+        check_sequence_index(kwargs["seq_idx"], rows)
+    return rows
 
 
 def _check_kwargs(module: Any, kwargs: dict[str, Any]) -> None:
