@@ -69,6 +69,7 @@ def list_cases(
     pattern: Patterns = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
     device: Annotated[str, typer.Option(help="Only cases of this device: cpu or cuda.")] = "",
+    names: Annotated[bool, typer.Option("--names", help="Print only names, one a line.")] = False,
 ) -> None:
     """Show the cases: operator, shape, dtype, devices, peers (and why one can't run), bars."""
     from .cases import matching
@@ -76,7 +77,12 @@ def list_cases(
 
     if device not in ("", "cpu", "cuda"):
         raise BenchError(f"--device must be cpu or cuda, got {device!r}")
+    if names and as_json:
+        raise BenchError("--names and --json exclude each other; give one")
     cases = _chosen(pattern, device, barred=False) if device else matching(pattern or [])
+    if names:
+        print("\n".join(case.name for case in cases))
+        return
     import torch
 
     here = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -149,6 +155,8 @@ def run(
         path = folder / file_name(record)
     if path is not None and path.exists():  # a file that can't be merged into fails now, not later
         results.merged(results.load(path), results.document_of(record, {}))
+    if quick:
+        print("--quick: these shapes only test the runner: their ratios mean nothing", flush=True)
     failed = _run_all(cases, where, rounds, quick, barred, path, record)
     if path is not None:
         print(f"written: {path}")
@@ -240,9 +248,9 @@ def compare(
     ] = False,
 ) -> None:
     """Compare two result files: time ratios within the tolerance, memory to the byte. Exit code 1
-    on a regression."""
+    on a regression, 2 if there was nothing to compare."""
     from . import compare as comparison
-    from .results import load
+    from .results import BenchError, load
 
     verdicts = comparison.compare(load(base), load(new), tolerance)
     for v in verdicts:
@@ -251,9 +259,12 @@ def compare(
         change = "" if v.change is None else f" ({v.change:+.1%})"
         values = "" if v.base is None or v.new is None else f" {v.base:.5g} -> {v.new:.5g}{change}"
         print(f"{v.case} {v.metric}: {v.kind}{values}{f', {v.why}' if v.why else ''}")
-    worse = sum(v.regression for v in verdicts)
-    same = sum(v.kind == "same" for v in verdicts)
-    print(f"{len(verdicts)} verdicts: {worse} worse, {same} the same")
+    print(comparison.totals(verdicts))
+    if not comparison.compared(verdicts):
+        raise BenchError(
+            f"nothing was compared: {base} and {new} share no case of the same shape, dtype, "
+            "threads and torch on the same device; run the same cases on it for both"
+        )
     raise typer.Exit(1 if comparison.regressed(verdicts) else 0)
 
 

@@ -6,8 +6,9 @@ changes little; memory is compared to the byte, as it is the same on every run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 from .case import OURS
 from .results import Document
@@ -16,6 +17,7 @@ Kind = Literal[
     "faster", "slower", "smaller", "larger", "same", "new", "missing", "failed", "incomparable"
 ]
 REGRESSIONS = frozenset({"slower", "larger", "failed"})
+ONE_SIDED = frozenset({"new", "missing", "incomparable"})  # nothing was held against anything
 TOLERANCE = 0.05
 
 
@@ -68,6 +70,18 @@ def compare(base: Document, new: Document, tolerance: float = TOLERANCE) -> list
 def regressed(verdicts: Iterable[Verdict]) -> bool:
     """Whether anything got worse beyond the tolerance."""
     return any(v.regression for v in verdicts)
+
+
+def compared(verdicts: Iterable[Verdict]) -> bool:
+    """Whether anything of the one document was held against the other."""
+    return any(v.kind not in ONE_SIDED for v in verdicts)
+
+
+def totals(verdicts: Sequence[Verdict]) -> str:
+    """How many verdicts there are of every kind, those of which there are none included."""
+    found = Counter(v.kind for v in verdicts)
+    counts = ", ".join(f"{found[kind]} {kind}" for kind in get_args(Kind))
+    return f"{len(verdicts)} verdict{'' if len(verdicts) == 1 else 's'}: {counts}"
 
 
 Entry = Mapping[str, Any]

@@ -15,6 +15,7 @@ from varstream.cli.errors import UserError
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 VERSION = 1
+WANTED = "give bench/results/<device>.json, written by python -m bench run"
 
 Document = dict[str, Any]
 
@@ -64,14 +65,18 @@ def load(path: Path) -> Document:
     try:
         text = path.read_text()
     except OSError as error:
-        raise BenchError(f"{path}: {error.strerror or error}") from None
+        raise BenchError(f"{path}: {error.strerror or error}; {WANTED}") from None
     except UnicodeDecodeError:
-        raise BenchError(f"{path}: not JSON: not UTF-8 text") from None
+        raise BenchError(f"{path}: not JSON: not UTF-8 text; {WANTED}") from None
     try:
         document = json.loads(text, parse_constant=_no_constant)
     except ValueError as error:
-        raise BenchError(f"{path}: not JSON: {error}") from None
-    return validate(document, str(path))
+        raise BenchError(f"{path}: not JSON: {error}; {WANTED}") from None
+    _validator()  # a missing package is not the file's fault
+    try:
+        return validate(document, str(path))
+    except BenchError as error:
+        raise BenchError(f"{error}; {WANTED}") from None
 
 
 def _no_constant(name: str) -> Any:

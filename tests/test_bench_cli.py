@@ -12,7 +12,7 @@ import pytest
 import torch
 from bench import cases, results
 from bench.__main__ import main
-from bench_documents import document, entry
+from bench_documents import document, entry, failed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,6 +56,11 @@ def test_list_as_json(capsys):
     assert row["bars"]["time/gemm_floor"] == 1.08
 
 
+def test_list_names_only(capsys):
+    assert main(["list", "--names"]) == 0
+    assert capsys.readouterr().out.split("\n")[:-1] == list(cases.all_cases())
+
+
 def test_run_stores_case_by_case(tmp_path, capsys):
     path = tmp_path / "out.json"
     assert main(["run", "merge/two_parts", "--quick", "--out", str(path)]) == 0
@@ -70,10 +75,11 @@ def test_run_stores_case_by_case(tmp_path, capsys):
     assert printed.count(f"written: {path}") == 2
 
 
-def test_a_quick_run_stores_nothing_unless_told_where(tmp_path, monkeypatch):
+def test_a_quick_run_stores_nothing_unless_told_where(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(results, "RESULTS", tmp_path)
-    assert main(["run", "merge/two_parts", "--quick"]) == 0
+    assert main(["run", "merge", "--quick", "--rounds", "1"]) == 0
     assert not list(tmp_path.iterdir())
+    assert capsys.readouterr().out.count("only test the runner: their ratios mean nothing") == 1
 
 
 def test_a_failed_check_is_stored_and_the_exit_code_is_1(tmp_path, monkeypatch, capsys):
@@ -98,12 +104,38 @@ def test_compare_exit_codes(stored, capsys):
     base, same = stored("base.json", head__main=entry(0.5)), stored("s.json", head__main=entry(0.5))
     slow = stored("slow.json", head__main=entry(0.54))
     assert main(["compare", base, same]) == 0
-    assert "4 verdicts: 0 worse, 4 the same" in capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        "4 verdicts: 0 faster, 0 slower, 0 smaller, 0 larger, 4 same, 0 new, 0 missing, "
+        "0 failed, 0 incomparable\n"
+    )
     assert main(["compare", base, same, "--all"]) == 0
     assert "head/main time/dense: same 0.5 -> 0.5 (+0.0%)" in capsys.readouterr().out
     assert main(["compare", base, slow]) == 1
     assert "head/main time/dense: slower 0.5 -> 0.54 (+8.0%)" in capsys.readouterr().out
     assert main(["compare", base, slow, "--tolerance", "0.1"]) == 0
+
+
+@pytest.mark.parametrize(
+    "new, count",
+    [
+        ({"head__other": entry()}, "1 new, 1 missing"),
+        ({"head__main": entry(dtype="bfloat16")}, "1 incomparable"),
+        ({}, "1 missing"),
+    ],
+)
+def test_nothing_to_compare_is_no_success(stored, new, count, capsys):
+    base, other = stored("base.json", head__main=entry()), stored("other.json", **new)
+    assert main(["compare", base, other]) == 2
+    printed = capsys.readouterr()
+    assert count in printed.out
+    (line,) = printed.err.splitlines()
+    assert "nothing was compared" in line and "same device" in line
+
+
+def test_a_failed_case_is_compared(stored):
+    base, bad = stored("base.json", head__main=entry()), stored("bad.json", head__main=failed())
+    assert main(["compare", base, bad]) == 1
+    assert main(["compare", bad, base]) == 2  # there was nothing to hold it to
 
 
 def test_report_to_stdout_and_to_files(stored, tmp_path, capsys):
@@ -128,9 +160,14 @@ def test_report_to_stdout_and_to_files(stored, tmp_path, capsys):
         (["run", "merge", "--rounds", "0"], "invalid value for '--rounds'"),
         (["run", "--fast"], "no such option: --fast"),
         (["measure"], "no such command 'measure'"),
-        (["compare", "missing.json", "missing.json"], "missing.json: No such file or directory"),
+        (
+            ["compare", "missing.json", "missing.json"],
+            "missing.json: No such file or directory; "
+            "give bench/results/<device>.json, written by python -m bench run",
+        ),
+        (["list", "--names", "--json"], "--names and --json exclude each other; give one"),
         (["compare", "BROKEN", "BROKEN"], "not JSON: Expecting"),
-        (["compare", "OTHER", "OTHER"], "$: 'schema' is a required property"),
+        (["compare", "OTHER", "OTHER"], "$: 'schema' is a required property; give bench/results/"),
         (["compare", "OTHER"], "missing argument 'NEW'"),
         (["report", "missing.json"], "missing.json: No such file or directory"),
         (["report", "BROKEN"], "not JSON"),

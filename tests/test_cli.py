@@ -120,6 +120,12 @@ def test_help_lists_the_commands():
         assert all(f" {name} " in result.stdout for name in COMMANDS)
 
 
+def test_version():
+    result = start("--version")
+    assert (result.exit_code, result.stdout) == (0, f"varstream {varstream.__version__}\n")
+    assert start("--version", "nope").exit_code == 0  # before anything else is looked at
+
+
 @pytest.mark.parametrize("command", ["info", "demo", "verify"])
 def test_help_of_a_command(command):
     result = start(command, "--help")

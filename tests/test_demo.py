@@ -5,7 +5,9 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +24,8 @@ from varstream.demo import measure, run
 from varstream.demo.corpus import Corpus, load_corpus
 from varstream.demo.methods import METHODS, packed_batch, predicted
 from varstream.demo.progress import Report
-from varstream.demo.search import largest_under
-from varstream.demo.settings import DemoError, Settings
+from varstream.demo.search import Search, largest_under
+from varstream.demo.settings import MIB, DemoError, Settings
 from varstream.demo.store import Store
 
 FILES = {
@@ -143,6 +145,10 @@ def test_files_are_replaced_whole(tmp_path):
         (b"\0binary", "(1 file looked at); give --data"),
         (b" \n", "no readable UTF-8 text"),
         (b"\xff\xfe\xff", "no readable UTF-8 text"),
+        (b"a", "is too little text: 1 token, 1 different; give --data at least 64 tokens, 16"),
+        (b"a" * 9999, "is too little text: "),
+        (b"one two " * 100, "is too little text: 200 tokens, 3 different"),
+        (b" ".join(b"%d" % n for n in range(10)), "is too little text: "),
     ],
 )
 def test_unreadable_data(tmp_path, content, message):
@@ -203,7 +209,7 @@ def test_command_line_imports_nothing_heavy():
 
 def test_one_short_document_is_enough(tmp_path):
     data = tmp_path / "short.txt"
-    data.write_text("a short text")
+    data.write_text(" ".join(f"word{n % 20}" for n in range(70)))
     corpus = load_corpus(Settings(data=data).quick())
     assert len(corpus.documents) == 1
     assert len(corpus.joined(1000)) == 1000
@@ -254,6 +260,46 @@ def test_search_results_read_well():
     assert largest_under(lambda n: n, 100, 256, 1024).result() == "< 256"
     assert largest_under(lambda n: n, 600, 256, 1024).result() == "512"
     assert largest_under(lambda n: n, 5000, 256, 1024).result() == ">= 1,024"
+
+
+def test_the_last_line_of_a_search_is_its_answer(monkeypatch):
+    """The last length tried is often one that didn't fit."""
+    peaks = iter([{256: 3, 512: 5, 768: 9}, {256: 9}, {1024: 1}])
+    found = iter([(512, False), (0, False), (1024, True)])
+
+    def search(measure, *_):
+        points = next(peaks)
+        for length in points:
+            measure(length)
+        largest, capped = next(found)
+        return Search(largest, capped, {n: p * MIB for n, p in points.items()})
+
+    class News:
+        lines: list[list[str]] = []
+
+        @contextmanager
+        def progress(self, *_):
+            self.lines.append([])
+            yield self.lines[-1].append
+
+    class Plain:
+        def prepare(self, model):
+            return SimpleNamespace(model=model, release=lambda: None)
+
+    monkeypatch.setattr(measure, "METHODS", [Plain(), Plain(), Plain()])
+    for plain, key in zip(measure.METHODS, "abc", strict=True):
+        plain.name = plain.key = key
+    monkeypatch.setattr(measure, "largest_under", search)
+    monkeypatch.setattr(measure, "measure_peak", lambda *_: 9 * MIB)
+    corpus = Corpus("", [torch.zeros(2000, dtype=torch.int64)], 10, 0)
+    model = SimpleNamespace(device=torch.device("cpu"))
+    assert list(measure.measure_lengths(model, corpus, Settings(), News())) == ["a", "b", "c"]
+    assert [lines[-1] for lines in News.lines] == [
+        "largest: 512 tokens, 5 MiB",
+        "largest: < 256 tokens",
+        "largest: >= 1,024 tokens, 1 MiB",
+    ]
+    assert News.lines[0][:-1] == [f"{n} tokens: 9 MiB" for n in (256, 512, 768)]
 
 
 def test_packed_batch_predicts_within_documents():

@@ -68,6 +68,22 @@ def test_tokens_that_do_not_fit_are_an_answer(folder, capsys):
     assert "does not fit" in capsys.readouterr().out
 
 
+def test_more_tokens_than_the_model_has_positions(folder, capsys):
+    assert plan(folder, "--tokens", 3000, "--budget", "6MiB") == 0
+    assert "positions" not in capsys.readouterr().out
+    assert plan(folder, "--tokens", 3001, "--budget", "1GiB") == 0
+    text = capsys.readouterr().out
+    assert "positions: the longest document passes the model's 3,000" in text
+    assert re.search(
+        r"largest length: [\d,]+ tokens by memory; the model has 3,000 positions", text
+    )
+    # Documents within the positions: a packed row may be longer than they are.
+    assert plan(folder, "--tokens", 9000, "--longest", 3000, "--budget", "1GiB") == 0
+    assert "positions" not in capsys.readouterr().out
+    assert plan(folder, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["positions"] == 3000
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -254,6 +254,12 @@ def test_plan_is_readable():
         ({"tokens": 1.5}, TypeError, "tokens must be an int"),
         ({"longest": 11}, ValueError, r"longest must be at most tokens \(10\), got 11"),
         ({"budget_bytes": 0}, ValueError, "budget_bytes must be >= 1"),
+        (
+            {"budget_bytes": "1GiB"},
+            TypeError,
+            "budget_bytes must be an int, got '1GiB'; give a number of bytes such as 16 << 30",
+        ),
+        ({"budget_bytes": "much"}, TypeError, "budget_bytes must be an int, got str$"),
         ({"chunk_size": "big"}, TypeError, 'chunk_size must be an int or "auto"'),
         ({"head_chunk_size": 0}, ValueError, "head_chunk_size must be at least 1"),
         ({"dtype": torch.int8}, ValueError, "dtype must be a floating torch.dtype"),
@@ -337,6 +343,11 @@ def test_budget_too_small_is_refused_before_anything_runs():
     assert not ran and all(p.grad is None for p in model.parameters())
     with torch.no_grad():  # nothing is streamed then, so nothing is planned
         model(**packed_row([40]))
+
+
+def test_budget_in_words_is_refused_with_a_number_to_give():
+    with pytest.raises(TypeError, match="memory_budget must be an int, got '1GiB'; .* 16 << 30"):
+        vs.stream(make_model(), memory_budget="1GiB")  # type: ignore[arg-type]
 
 
 def test_budget_names_the_length_that_fits():

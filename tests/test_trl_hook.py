@@ -285,7 +285,7 @@ OPTIONS = {
 }
 
 
-def train_one_step(name, model, path):
+def train_one_step(name, model, path, rows=None, **changes):
     """Loss and gradients of one optimizer step."""
     from datasets import Dataset
 
@@ -303,12 +303,13 @@ def train_one_step(name, model, path):
         "gradient_checkpointing": False,
         "max_grad_norm": 0.0,
         **OPTIONS[name],
+        **changes,
     }
     more = {"reward_funcs": reward} if name in ("GRPO", "RLOO") else {}
     trainer = trainer_class(
         model=model,
         args=config(**options),
-        train_dataset=Dataset.from_list(ROWS[name]),
+        train_dataset=Dataset.from_list(rows or ROWS[name]),
         processing_class=tokenizer(),
         **more,
     )
@@ -335,6 +336,22 @@ def test_patched_models(patch, calls, tmp_path):
         model = make_model(vocab_size=len(WORDS), pad_token_id=0, eos_token_id=1)
         results.append(train_one_step("SFT", change(model), tmp_path))
     assert len(calls) == 2
+    (logs, expected), (got, gradients) = results
+    assert got["loss"] == pytest.approx(logs["loss"], rel=1e-5)
+    for key, gradient in gradients.items():
+        assert_exact(gradient, expected[key], 1e-4, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_sft_packs_for_a_streamed_model(packing, tmp_path):
+    rows = [{"input_ids": [(7 * i + j) % 12 + 3 for j in range(3 + i % 9)]} for i in range(16)]
+    results = []
+    for change in (lambda model: model, lambda model: vs.stream(model, chunk_size=7)):
+        torch.manual_seed(3)
+        model = change(make_model("qwen3", vocab_size=len(WORDS), pad_token_id=0, eos_token_id=1))
+        options = {"packing": packing, "max_length": 16, "completion_only_loss": None}
+        results.append(train_one_step("SFT", model, tmp_path, rows, **options))
     (logs, expected), (got, gradients) = results
     assert got["loss"] == pytest.approx(logs["loss"], rel=1e-5)
     for key, gradient in gradients.items():

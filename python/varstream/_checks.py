@@ -7,6 +7,7 @@ is written.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from torch.autograd import forward_ad
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
+_SIZE = re.compile(r"[\d.]+\s*[kmgt]?i?b", re.IGNORECASE)  # bytes as people write them: "16GiB"
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -168,6 +170,10 @@ def check_positive(name: str, value: Any) -> float:
 def check_int(name: str, value: Any, *, low: int | None = None) -> int:
     """Check an integer (a ``SymInt`` while compiling) of at most 64 bits, not below ``low``."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if isinstance(value, str) and _SIZE.fullmatch(value):
+            raise TypeError(
+                f"{name} must be an int, got {value!r}; give a number of bytes such as 16 << 30"
+            )
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         bits = value.bit_length()

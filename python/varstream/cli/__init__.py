@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+import varstream
 from varstream.cli import errors
 
 
@@ -35,8 +36,18 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"varstream {varstream.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _varstream() -> None:
+def _varstream(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
     """Without a command, the help."""
 
 

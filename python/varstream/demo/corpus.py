@@ -19,6 +19,10 @@ from varstream.demo.settings import DemoError, Settings
 SKIPPED = {"__pycache__", "dist-packages", "idlelib", "lib2to3", "site-packages", "test", "tests"}
 START = "<|document|>"
 BYTES_PER_TOKEN = 16  # no more than this is read per token of the maximum length
+# With less a few steps learn the text by heart: gradients vanish, and so does what a difference is
+# relative to.
+LEAST_TOKENS = 64
+LEAST_DIFFERENT = 16
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def load_corpus(settings: Settings) -> Corpus:
     """Read, train a byte-level BPE tokenizer on what was read, tokenize and cut.
 
     Raises:
-        DemoError: nothing readable.
+        DemoError: nothing readable, or too little to learn from.
     """
     if settings.data is None:
         source = f"standard library of Python {sysconfig.get_python_version()}"
@@ -89,7 +93,22 @@ def load_corpus(settings: Settings) -> Corpus:
             f"no readable UTF-8 text in {settings.data or source} ({looked}); "
             "give --data a text file or a folder of them"
         )
-    return _tokenize(source, texts, settings)
+    corpus = _tokenize(source, texts, settings)
+    _check_enough(corpus)
+    return corpus
+
+
+def _check_enough(corpus: Corpus) -> None:
+    """Refuse a corpus whose gradients would say nothing; start tokens don't count."""
+    tokens = torch.cat([document[1:] for document in corpus.documents])
+    different = len(tokens.unique())
+    if len(tokens) < LEAST_TOKENS or different < LEAST_DIFFERENT:
+        raise DemoError(
+            f"{corpus.source} is too little text: {len(tokens):,} "
+            f"token{'' if len(tokens) == 1 else 's'}, {different:,} different; "
+            f"give --data at least {LEAST_TOKENS} tokens, {LEAST_DIFFERENT} different "
+            "(a page of prose is enough)"
+        )
 
 
 def _stdlib() -> Path:

@@ -124,9 +124,13 @@ def measure_lengths(
                 advance(f"{length:,} tokens: {peak / MIB:,.0f} MiB")
                 return peak
 
-            found[method.key] = largest_under(
+            search = largest_under(
                 measure, settings.budget * MIB, settings.length_step, settings.length_cap
             )
+            # The line that stays is the answer: the last length tried may be one too long.
+            peak = f", {search.peaks[search.largest] / MIB:,.0f} MiB" if search.largest else ""
+            advance(f"largest: {search.result()} tokens{peak}")
+            found[method.key] = search
     return found
 
 

@@ -28,7 +28,7 @@ def run(settings: Settings, store: Store, report: Report) -> Comparison:
     """Corpus, training, comparison; prints as it goes, leaves its results in ``store``.
 
     Raises:
-        DemoError: nothing to read.
+        DemoError: nothing to read, or too little.
     """
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

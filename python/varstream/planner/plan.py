@@ -46,6 +46,8 @@ class MemoryPlan:
         chunk_size: rows of a layer chunk.
         head_chunk_size: rows of a chunk of logits.
         tokens, longest: real tokens of the step and of its longest document.
+        positions: the config's ``max_position_embeddings``. Memory knows no such bound, so a plan
+            may pass it; what is printed says so.
         dtype: of weights and activations.
         optimizer: ``"adamw"``, ``"sgd"`` or ``"none"``.
         budget_bytes: the whole job's bound, or None.
@@ -64,6 +66,7 @@ class MemoryPlan:
     head_chunk_size: int
     tokens: int
     longest: int
+    positions: int
     dtype: str
     optimizer: str
     budget_bytes: int | None
@@ -100,8 +103,18 @@ class MemoryPlan:
         if self.budget_bytes is not None:
             words = "fits" if self.fits else "does not fit"
             lines.append(("budget", f"{size_words(self.budget_bytes)}, {words}"))
-            lines.append(("largest length", f"{self.max_tokens:,} tokens"))
+            lines.append(("largest length", f"{self.max_tokens:,} tokens{self._by_memory()}"))
+        if self.longest > self.positions:
+            passed = f"the longest document passes the model's {self.positions:,}"
+            lines.append(("positions", passed))
         return [*lines, ("reason", self.reason)]
+
+    def _by_memory(self) -> str:
+        """What to add to ``max_tokens`` where it, as one document, passes the positions."""
+        one = self.longest == self.tokens
+        if not one or self.max_tokens is None or self.max_tokens <= self.positions:
+            return ""
+        return f" by memory; the model has {self.positions:,} positions"
 
     def __rich__(self) -> Any:
         from rich.table import Table
@@ -163,7 +176,7 @@ def plan_memory(
         UnsupportedModelError: a ValueError naming the part of the model that isn't understood.
 
     Source: the allocations of ``varstream.streaming`` and ``varstream.reference``, moment by
-    moment; measured peaks are within a few per cent.
+    moment; measured CPU peaks are within 15 %, mostly within 3 %.
     """
     if check_device("device", device).type != "cpu":
         raise ValueError(
@@ -206,6 +219,7 @@ def make_plan(job: Job) -> MemoryPlan:
         head_chunk_size=choice.head_chunk,
         tokens=job.step.tokens,
         longest=job.step.longest,
+        positions=job.shape.max_length,
         dtype=job.shape.dtype,
         optimizer=job.optimizer,
         budget_bytes=job.budget,
