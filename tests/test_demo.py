@@ -147,7 +147,7 @@ def test_files_are_replaced_whole(tmp_path):
         (b"\xff\xfe\xff", "no readable UTF-8 text"),
         (b"a", "is too little text: 1 token, 1 different; give --data at least 64 tokens, 16"),
         (b"a" * 9999, "is too little text: "),
-        (b"one two " * 100, "is too little text: 200 tokens, 3 different"),
+        (b"one two " * 100, "is too little text: 201 tokens, 4 different"),
         (b" ".join(b"%d" % n for n in range(10)), "is too little text: "),
     ],
 )
@@ -160,6 +160,16 @@ def test_unreadable_data(tmp_path, content, message):
     assert result.stdout == ""  # not even a heading
     (line,) = result.stderr.splitlines()
     assert line.startswith("varstream demo: ") and message in line
+
+
+def test_documents_too_short_to_attend(tmp_path):
+    for n in range(60):
+        (tmp_path / f"{n}.txt").write_text(f"word{n}")
+    (tmp_path / "long.txt").write_text("not one of those compared " * 20)
+    result = start("--quick", "--data", tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert "documents are too short: the longest of those compared has 3 tokens; give" in line
 
 
 def test_empty_folder(tmp_path):
@@ -218,12 +228,14 @@ def test_one_short_document_is_enough(tmp_path):
 
 def test_long_file_is_cut_between_characters(tmp_path):
     data = tmp_path / "long.txt"
-    data.write_text("x" + "é" * 10000, encoding="utf-8")
+    words = "".join(f"word{n % 20:02} " for n in range(71))
+    assert len(words) % 2 == 1  # so a character of two bytes lies across every even place
+    data.write_text(words + "é" * 10000, encoding="utf-8")
     settings = Settings(data=data).quick()
     corpus = load_corpus(settings)
     assert len(corpus.documents[0]) <= settings.max_length
     data.write_bytes(b"x" * 100 + b"\xff" + b"x" * 10000)
-    with pytest.raises(DemoError):
+    with pytest.raises(DemoError, match="no readable UTF-8 text"):
         load_corpus(settings)
 
 

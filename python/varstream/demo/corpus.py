@@ -23,6 +23,7 @@ BYTES_PER_TOKEN = 16  # no more than this is read per token of the maximum lengt
 # relative to.
 LEAST_TOKENS = 64
 LEAST_DIFFERENT = 16
+LEAST_LENGTH = 8  # of a compared document: shorter ones hardly attend to anything
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ def load_corpus(settings: Settings) -> Corpus:
             "give --data a text file or a folder of them"
         )
     corpus = _tokenize(source, texts, settings)
-    _check_enough(corpus)
+    _check_enough(corpus, settings)
     return corpus
 
 
-def _check_enough(corpus: Corpus) -> None:
+def _check_enough(corpus: Corpus, settings: Settings) -> None:
     """Refuse a corpus whose gradients would say nothing; start tokens don't count."""
     tokens = torch.cat([document[1:] for document in corpus.documents])
     different = len(tokens.unique())
@@ -108,6 +109,12 @@ def _check_enough(corpus: Corpus) -> None:
             f"token{'' if len(tokens) == 1 else 's'}, {different:,} different; "
             f"give --data at least {LEAST_TOKENS} tokens, {LEAST_DIFFERENT} different "
             "(a page of prose is enough)"
+        )
+    longest = max(map(len, corpus.sample(settings.compared, settings.compared_tokens)))
+    if longest < LEAST_LENGTH:
+        raise DemoError(
+            f"{corpus.source}: its documents are too short: the longest of those compared has "
+            f"{longest} tokens; give --data documents of at least {LEAST_LENGTH}"
         )
 
 
