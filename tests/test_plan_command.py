@@ -69,7 +69,7 @@ def test_tokens_that_do_not_fit_are_an_answer(folder, capsys):
 
 
 def test_more_tokens_than_the_model_has_positions(folder, capsys):
-    assert plan(folder, "--tokens", 3000, "--budget", "6MiB") == 0
+    assert plan(folder, "--tokens", 3000, "--budget", "2.5MB") == 0
     assert not re.search("positions:|by memory", capsys.readouterr().out)
     assert plan(folder, "--tokens", 3001, "--budget", "1GiB") == 0
     text = capsys.readouterr().out
