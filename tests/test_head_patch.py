@@ -567,7 +567,7 @@ def test_other_models_are_refused():
     for model, message in cases:
         with pytest.raises(UnsupportedModelError, match=message):
             fuse_head(model)
-    with pytest.raises(UnsupportedModelError, match="forward set on the instance"):
+    with pytest.raises(UnsupportedModelError, match="has a fused head; call unfuse_head first"):
         vs.stream(fuse_head(make_model()))
 
 

@@ -4,6 +4,8 @@ bad input is one line."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -218,8 +220,17 @@ def test_nothing_to_compare_is_no_verdict():
         verify(LlamaConfig(vocab_size=1), **QUICK)
 
 
-def test_a_chunk_larger_than_any_integer_of_the_machine():
-    assert verify(QWEN3, tokens=37, chunk_size=10**30).exact
+def test_the_largest_chunk_there_is():
+    assert verify(QWEN3, tokens=37, chunk_size=2**63 - 1).exact
+    with pytest.raises(ValueError, match="chunk_size must fit an int of 64 bits"):
+        verify(QWEN3, tokens=37, chunk_size=10**30)
+
+
+def test_a_chunk_past_64_bits_on_the_command_line(tmp_path):
+    QWEN3.save_pretrained(tmp_path)
+    run = [sys.executable, "-m", "varstream", "verify", str(tmp_path), "--chunk-size", "9" * 30]
+    result = subprocess.run(run, capture_output=True, text=True)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
 
 
 def test_one_wrong_gradient_is_found(monkeypatch):

@@ -11,7 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
-from varstream.cli.errors import INTERRUPTED, LARGEST_SEED, UserError
+from varstream.cli.errors import INTERRUPTED, LARGEST_INT, UserError
 from varstream.demo.progress import Report
 from varstream.demo.settings import DemoError, Settings
 from varstream.demo.store import Store
@@ -31,7 +31,7 @@ def demo(
         None, min=1, help="Training steps.", show_default=str(Settings.steps)
     ),
     seed: int = typer.Option(
-        Settings.seed, min=0, max=LARGEST_SEED, help="Seed of weights and data order."
+        Settings.seed, min=0, max=LARGEST_INT, help="Seed of weights and data order."
     ),
     budget: int = typer.Option(
         None,

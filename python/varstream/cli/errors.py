@@ -11,7 +11,7 @@ import typer
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # what shells use for SIGINT
-LARGEST_SEED = 2**63 - 1  # torch.manual_seed takes 64 bits
+LARGEST_INT = 2**63 - 1  # what torch takes: 64 bits
 
 # Context settings of a command whose arguments another one reads, whatever they are.
 PASSED_ON = {

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from varstream.cli.config import WHERE, read_config
-from varstream.cli.errors import LARGEST_SEED, UserError
+from varstream.cli.errors import LARGEST_INT, UserError
 from varstream.streaming.decoder import UnsupportedModelError
 from varstream.testing.verify import SHORT, TOKENS, TOLERANCE, ConfigError, Verification, verify
 
@@ -26,9 +26,13 @@ def command(
     config: str = typer.Argument(metavar="CONFIG", help=WHERE),
     tokens: int = typer.Option(TOKENS, min=sum(SHORT) + 2, help="Tokens of the packed row."),
     chunk_size: int = typer.Option(
-        None, min=1, help="Rows of a chunk.", show_default="1, 7, 16 and the whole row"
+        None,
+        min=1,
+        max=LARGEST_INT,
+        help="Rows of a chunk.",
+        show_default="1, 7, 16 and the whole row",
     ),
-    seed: int = typer.Option(0, min=0, max=LARGEST_SEED, help="Seed of weights and tokens."),
+    seed: int = typer.Option(0, min=0, max=LARGEST_INT, help="Seed of weights and tokens."),
     tolerance: float = typer.Option(
         TOLERANCE, min=0.0, max=1.0, help="Largest relative difference that counts as exact."
     ),
