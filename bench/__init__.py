@@ -1,1 +1,1 @@
-"""Benchmarks: each checks its results before it times them and stores a JSON under ``results/``."""
+"""Benchmarks: every case checks its results before it is timed; ``python -m bench`` runs them."""

@@ -42,4 +42,4 @@ else
     -k "alignment or out_of_range or isolation"
 fi
 
-"$python" -m bench.gpu_pack
+"$python" -m bench run --device cuda

@@ -15,7 +15,6 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["conftest.py"]
 source_suffix = {".md": "markdown"}
 nitpicky = False  # torch's own types have no inventory offline
 
@@ -24,6 +23,7 @@ myst_heading_anchors = 3
 
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 napoleon_custom_sections = [("Source", "notes_style")]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +56,7 @@ class Problem:
     input: Tensor
     weight: Tensor
     bias: Tensor | None
-    target: Tensor
+    target: Tensor  # or (N, K)
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -130,6 +132,91 @@ def loss_of(p, reduction="mean", **options):
     return vs.linear_cross_entropy(
         p.input, p.weight, p.target, linear_bias=p.bias, reduction=reduction, **options
     )
+
+
+# --- every option ---------------------------------------------------------------------------------
+
+# One value of each option, made for a problem; several at once are merged.
+FEATURES = {
+    "class_weight": lambda p: {"weight": class_weight(p)},
+    "smoothing": lambda p: {"label_smoothing": 0.13},
+    "z_loss": lambda p: {"z_loss": 0.03},
+    "token_weight": lambda p: {"token_weight": token_weight(p)},
+    "softcap": lambda p: {"softcap": 2.5},
+    "scaling": lambda p: {"logit_scale": -1.3, "temperature": 0.8},
+}
+
+
+EVERYTHING = tuple(FEATURES)
+
+
+def options_of(p: Problem, names: Iterable[str]) -> dict[str, Any]:
+    """The named features' options, merged."""
+    return {key: value for name in names for key, value in FEATURES[name](p).items()}
+
+
+def class_weight(p: Problem) -> Tensor:
+    """Class weights (V,), a zero and a negative one among them."""
+    weight = torch.rand(p.weight.shape[0], dtype=p.acc) + 0.2
+    weight[::5], weight[1::7] = 0.0, -0.1
+    return weight
+
+
+def token_weight(p: Problem) -> Tensor:
+    """Factors like target of both signs, some 0."""
+    weight = torch.randn(p.target.shape, dtype=p.acc)
+    weight.view(-1)[1::4] = 0.0
+    return weight
+
+
+def several_targets(p: Problem, number: int = 3) -> Problem:
+    """The problem with targets (N, K): duplicates in a row, some ignored, the rows that were
+    ignored entirely so."""
+    rows, classes = p.target.shape[0], p.weight.shape[0]
+    target = torch.randint(0, classes, (rows, number))
+    target[::4, -1] = target[::4, 0]
+    target[1::3, 0] = IGNORE
+    target[2::5] = target[2::5, :1]
+    target[~p.valid] = IGNORE
+    return Problem(p.input, p.weight, p.bias, target)
+
+
+def dense(
+    p: Problem,
+    reduction: str = "mean",
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    normalizer: float | None = None,
+    **scaling: float,
+) -> Tensor:
+    """The contract of ``linear_cross_entropy`` written out with all logits, by autograd."""
+    z = p.logits(**scaling)
+    logp = z.log_softmax(-1)
+    target = p.target.long() if p.target.dim() == 2 else p.target.long()[:, None]
+    valid = target != IGNORE
+    index = target.clamp(min=0)
+    w = z.new_ones(z.shape[1]) if weight is None else weight.to(z.dtype)
+    factor = torch.ones_like(target, dtype=z.dtype)
+    if token_weight is not None:
+        factor = token_weight.to(z.dtype).view(target.shape)
+    losses = -(1 - label_smoothing) * w[index] * logp.gather(1, index)
+    if label_smoothing > 0:
+        losses = losses - label_smoothing / z.shape[1] * (logp * w).sum(1, keepdim=True)
+    losses = torch.where(valid, losses * factor, 0.0)
+    rows = valid.any(1)
+    z_terms = z_loss * torch.where(rows, z.logsumexp(1).square(), 0.0)
+    if reduction == "none":
+        first = valid & (valid.cumsum(1) == 1)
+        return (losses + first * z_terms[:, None]).view(p.target.shape)
+    if reduction == "sum":
+        return losses.sum() + z_terms.sum()
+    if not rows.any():
+        return losses.sum() * 0.0
+    divisor = (w[index] * valid).sum() if normalizer is None else normalizer
+    return losses.sum() / divisor + z_terms.sum() / rows.sum()
 
 
 def assert_same_loss(p, loss, expected, tolerance=1e-12):

@@ -13,6 +13,7 @@ from varstream import batching
 
 BF16 = torch.ones(1, dtype=torch.bfloat16)
 PACKERS = [batching.best_fit_decreasing, batching.first_fit_decreasing, batching.next_fit]
+ALL_PACKERS = [*PACKERS, batching.lpfhp]
 
 
 @st.composite
@@ -79,7 +80,7 @@ def test_packers_equal_their_definitions(problem):
 
 
 @settings(deadline=None, max_examples=100)
-@given(problems(), st.sampled_from(PACKERS), st.integers(0, 3))
+@given(problems(), st.sampled_from(ALL_PACKERS), st.integers(0, 3))
 def test_invariants(problem, packer, seed):
     lengths, capacity, depth = problem
     for packing in (
@@ -117,7 +118,7 @@ def test_fill_on_a_heavy_tail():
     assert packing.fill > 0.999
 
 
-@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("packer", ALL_PACKERS)
 def test_nothing_to_pack(packer):
     packing = packer([], 8)
     assert len(packing.bins) == 0
@@ -158,7 +159,7 @@ def test_shuffle_is_seeded_and_keeps_bins():
     assert sorted(as_lists(one)) == sorted(as_lists(packing)) != as_lists(one)
 
 
-@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("packer", ALL_PACKERS)
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
@@ -302,6 +303,11 @@ def test_collator_refuses_columns_without_numbers(column, got):
 def test_collator_refuses_what_is_no_sequence(examples):
     with pytest.raises(TypeError, match="examples must be a sequence of mappings, got"):
         batching.PackedCollator()(examples)
+
+
+def test_additive_masks():
+    with pytest.raises(ValueError, match="attention_mask of example 0 .* 0 and 1, got -1.0"):
+        batching.PackedCollator()([{"input_ids": [1, 2], "attention_mask": [0.0, -1.0]}])
 
 
 @pytest.mark.parametrize("name", ["position_ids", "max_length_q", "labels", "attention_mask"])

@@ -1,9 +1,13 @@
 """The demo in small: its results, what an interruption leaves, and how bad input is reported."""
 
+import io
 import json
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,8 +24,8 @@ from varstream.demo import measure, run
 from varstream.demo.corpus import Corpus, load_corpus
 from varstream.demo.methods import METHODS, packed_batch, predicted
 from varstream.demo.progress import Report
-from varstream.demo.search import largest_under
-from varstream.demo.settings import DemoError, Settings
+from varstream.demo.search import Search, largest_under
+from varstream.demo.settings import MIB, DemoError, Settings
 from varstream.demo.store import Store
 
 FILES = {
@@ -58,6 +62,7 @@ def test_quick_run(texts, tmp_path):
     result = start("--quick", "--steps", 4, "--data", texts, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert {path.name for path in tmp_path.iterdir()} == FILES  # nothing temporary is left
+    assert "too small to show the memory gain" in result.output.splitlines()[-1]
     for name in ("loss.png", "memory.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -136,10 +141,14 @@ def test_files_are_replaced_whole(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "doesn't exist"),
-        (b"\0binary", "no readable UTF-8 text"),
+        (None, "doesn't exist; give a text file or a folder of them"),
+        (b"\0binary", "(1 file looked at); give --data"),
         (b" \n", "no readable UTF-8 text"),
         (b"\xff\xfe\xff", "no readable UTF-8 text"),
+        (b"a", "is too little text: 1 token, 1 different; give --data at least 64 tokens, 16"),
+        (b"a" * 9999, "is too little text: "),
+        (b"one two " * 100, "is too little text: 201 tokens, 4 different"),
+        (b" ".join(b"%d" % n for n in range(10)), "is too little text: "),
     ],
 )
 def test_unreadable_data(tmp_path, content, message):
@@ -148,8 +157,19 @@ def test_unreadable_data(tmp_path, content, message):
         data.write_bytes(content)
     result = start("--quick", "--data", data, "--out", tmp_path / "out")
     assert result.exit_code == 2
-    assert message in result.output.strip().splitlines()[-1]
-    assert "Traceback" not in result.output
+    assert result.stdout == ""  # not even a heading
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("varstream demo: ") and message in line
+
+
+def test_documents_too_short_to_attend(tmp_path):
+    for n in range(60):
+        (tmp_path / f"{n}.txt").write_text(f"word{n}")
+    (tmp_path / "long.txt").write_text("not one of those compared " * 20)
+    result = start("--quick", "--data", tmp_path, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert "documents are too short: the longest of those compared has 3 tokens; give" in line
 
 
 def test_empty_folder(tmp_path):
@@ -199,7 +219,7 @@ def test_command_line_imports_nothing_heavy():
 
 def test_one_short_document_is_enough(tmp_path):
     data = tmp_path / "short.txt"
-    data.write_text("a short text")
+    data.write_text(" ".join(f"word{n % 20}" for n in range(70)))
     corpus = load_corpus(Settings(data=data).quick())
     assert len(corpus.documents) == 1
     assert len(corpus.joined(1000)) == 1000
@@ -208,12 +228,14 @@ def test_one_short_document_is_enough(tmp_path):
 
 def test_long_file_is_cut_between_characters(tmp_path):
     data = tmp_path / "long.txt"
-    data.write_text("x" + "é" * 10000, encoding="utf-8")
+    words = "".join(f"word{n % 20:02} " for n in range(71))
+    assert len(words) % 2 == 1  # so a character of two bytes lies across every even place
+    data.write_text(words + "é" * 10000, encoding="utf-8")
     settings = Settings(data=data).quick()
     corpus = load_corpus(settings)
     assert len(corpus.documents[0]) <= settings.max_length
     data.write_bytes(b"x" * 100 + b"\xff" + b"x" * 10000)
-    with pytest.raises(DemoError):
+    with pytest.raises(DemoError, match="no readable UTF-8 text"):
         load_corpus(settings)
 
 
@@ -252,10 +274,62 @@ def test_search_results_read_well():
     assert largest_under(lambda n: n, 5000, 256, 1024).result() == ">= 1,024"
 
 
+def test_the_last_line_of_a_search_is_its_answer(monkeypatch):
+    """The last length tried is often one that didn't fit."""
+    peaks = iter([{256: 3, 512: 5, 768: 9}, {256: 9}, {1024: 1}])
+    found = iter([(512, False), (0, False), (1024, True)])
+
+    def search(measure, *_):
+        points = next(peaks)
+        for length in points:
+            measure(length)
+        largest, capped = next(found)
+        return Search(largest, capped, {n: p * MIB for n, p in points.items()})
+
+    class News:
+        lines: list[list[str]] = []
+
+        @contextmanager
+        def progress(self, *_):
+            self.lines.append([])
+            yield self.lines[-1].append
+
+    class Plain:
+        def prepare(self, model):
+            return SimpleNamespace(model=model, release=lambda: None)
+
+    monkeypatch.setattr(measure, "METHODS", [Plain(), Plain(), Plain()])
+    for plain, key in zip(measure.METHODS, "abc", strict=True):
+        plain.name = plain.key = key
+    monkeypatch.setattr(measure, "largest_under", search)
+    monkeypatch.setattr(measure, "measure_peak", lambda *_: 9 * MIB)
+    corpus = Corpus("", [torch.zeros(2000, dtype=torch.int64)], 10, 0)
+    model = SimpleNamespace(device=torch.device("cpu"))
+    assert list(measure.measure_lengths(model, corpus, Settings(), News())) == ["a", "b", "c"]
+    assert [lines[-1] for lines in News.lines] == [
+        "largest: 512 tokens, 5 MiB",
+        "largest: < 256 tokens",
+        "largest: >= 1,024 tokens, 1 MiB",
+    ]
+    assert News.lines[0][:-1] == [f"{n} tokens: 9 MiB" for n in (256, 512, 768)]
+
+
 def test_packed_batch_predicts_within_documents():
     documents = [torch.arange(5), torch.arange(1), torch.arange(3)]
     batch = packed_batch(documents, torch.device("cpu"))
     assert (batch["labels"] != -100).sum() == predicted(documents) == 6
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_cuts_the_news_only(width):
+    screen = io.StringIO()
+    report = Report(Console(file=screen, force_terminal=True, width=width, color_system=None))
+    with report.progress("memory and gradients", 6) as advance:
+        advance("1,234 MiB: packed + checkpointing + chunked CE, and whatever else there is to say")
+    last = screen.getvalue().splitlines()[-2]  # the bar's end; then the cursor comes back
+    assert re.search(
+        r"memory and gradients .*1/6 \d:\d\d:\d\d left [-\d]:[-\d]{2}:[-\d]{2} 1,2", last
+    )
 
 
 def test_redirected_output_has_no_control_codes(capsys):

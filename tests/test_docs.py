@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import varstream
+
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [*sorted(ROOT.glob("*.md")), ROOT / "csrc/README.md", ROOT / "bench/README.md", *DOCS]
@@ -34,6 +36,14 @@ def test_every_python_block_is_a_test(pytestconfig):
         text=True,
     ).stdout
     assert len(re.findall(r"\.md::line", collected)) == blocks
+
+
+def test_the_reference_names_everything_public():
+    named = set(
+        re.findall(r"auto\w+:: (?:varstream\.)?([\w.]+)", "".join(map(Path.read_text, DOCS)))
+    )
+    missing = set(varstream.__all__) - named - {"__version__"}
+    assert not missing, f"docs/api leaves out {sorted(missing)}"
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch._dynamo.testing
-from head_cases import IGNORE, SCALINGS, problem
+from head_cases import FEATURES, IGNORE, SCALINGS, dense, problem, several_targets
 
 import varstream as vs
 from varstream.testing import assert_exact
@@ -35,14 +35,16 @@ def test_opcheck_loss(scaling, needs):
     for leaf, need in zip(p.leaves, needs, strict=True):
         leaf.requires_grad_(need)
     call = call_of(p, scaling)
-    torch.library.opcheck(torch.ops.varstream.linear_cross_entropy.default, (*call, *needs))
+    op = torch.ops.varstream.linear_cross_entropy.default
+    torch.library.opcheck(op, (*call, *[None] * 4, False, *needs))
 
 
 @pytest.mark.parametrize("return_entropy", [False, True])
 @pytest.mark.parametrize("scaling", ["plain", "all"])
 def test_opcheck_logprobs(scaling, return_entropy):
     call = call_of(problem(ignored=[3]), scaling)
-    torch.library.opcheck(torch.ops.varstream.token_logprobs.default, (*call, return_entropy))
+    flags = (return_entropy, False, False, False)
+    torch.library.opcheck(torch.ops.varstream.token_logprobs.default, (*call, None, *flags))
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False)], ids=str)
@@ -51,11 +53,38 @@ def test_opcheck_logprobs_backward(scaling, needs):
     p = problem(ignored=[3])
     call = call_of(p, scaling)
     with torch.no_grad():
-        logp, entropy, lse = torch.ops.varstream.token_logprobs(*call, True)
-    saved = (*(t.detach() for t in p.leaves), p.target, lse, entropy)
-    upstream = torch.randn_like(logp), torch.randn_like(entropy)
+        logp, entropy, *_ = torch.ops.varstream.token_logprobs(*call, None, True, *[False] * 3)
+    saved = (entropy, *(t.detach() for t in p.leaves), *call[3:])
+    upstream = torch.randn_like(logp), torch.randn_like(entropy), None, None
     torch.library.opcheck(
-        torch.ops.varstream.token_logprobs_bwd.default, (*upstream, *saved, *call[4:], *needs)
+        torch.ops.varstream.token_logprobs_bwd.default, (*upstream, *saved, None, *needs)
+    )
+
+
+@pytest.mark.parametrize("metrics", [False, True])
+@pytest.mark.parametrize("scaling", ["plain", "all"])
+def test_opcheck_loss_with_every_scale(scaling, metrics):
+    p = several_targets(problem(ignored=[3]))
+    # A positive loss, for opcheck's upstream gradient is its sign, and the backward scales in place
+    # the gradients that the op has returned.
+    scales = (torch.rand(23), torch.rand(16, 3), torch.rand(16), torch.tensor(0.3))
+    scales = [s.double() for s in scales]
+    op = torch.ops.varstream.linear_cross_entropy.default
+    torch.library.opcheck(op, (*call_of(p, scaling), *scales, metrics, True, True, True))
+
+
+@pytest.mark.parametrize("scaling", ["plain", "all"])
+def test_opcheck_every_row_value(scaling):
+    p = several_targets(problem(ignored=[3]))
+    weight = torch.rand(23, dtype=torch.float64)
+    call = (*call_of(p, scaling), weight, True, True, True, True)
+    torch.library.opcheck(torch.ops.varstream.token_logprobs.default, call)
+    with torch.no_grad():
+        values = torch.ops.varstream.token_logprobs(*call)
+    saved = (values[1], *(t.detach() for t in p.leaves), *call[3:10])
+    upstream = [torch.randn_like(v) for v in values[:4]]
+    torch.library.opcheck(
+        torch.ops.varstream.token_logprobs_bwd.default, (*upstream, *saved, True, True, True)
     )
 
 
@@ -117,3 +146,66 @@ def test_values_of_targets_are_checked_inside_a_compiled_graph():
     step = torch.compile(vs.linear_cross_entropy, backend="aot_eager", fullgraph=True)
     with pytest.raises(ValueError, match=r"target must hold classes in \[0, 23\).*got 23 at row 3"):
         step(p.input, p.weight, p.target)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one_target", "several"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_every_option_compiles_whole_and_once(reduction, several):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    weight = torch.rand(23, dtype=torch.float64)
+    names = ("smoothing", "z_loss", "softcap", "scaling")
+    fixed = {key: value for name in names for key, value in FEATURES[name](None).items()}
+    fixed["weight"] = weight
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(x, linear_weight, bias, target, factors):
+        return vs.linear_cross_entropy(
+            x,
+            linear_weight,
+            target,
+            linear_bias=bias,
+            reduction=reduction,
+            token_weight=factors,
+            return_metrics=True,
+            **fixed,
+        )
+
+    for rows in LENGTHS:
+        p = problem(rows, ignored=[1])
+        p = several_targets(p) if several else p
+        factors = torch.randn(p.target.shape, dtype=torch.float64)
+        loss, metrics = step(*p.leaves, p.target, factors)
+        assert_same(p, (loss,), (dense(p, reduction, token_weight=factors, **fixed),))
+        assert torch.equal(metrics.logp == 0, ~p.valid)
+    assert counter.frame_count <= 2
+
+
+def test_stats_compile_whole_and_once():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def step(x, weight, bias, target):
+        return vs.token_logprobs(x, weight, target, linear_bias=bias, return_stats=True)
+
+    for rows in LENGTHS:
+        p = problem(rows, ignored=[1])
+        found = step(*p.leaves, p.target)
+        logp, entropy = p.dense_logprobs()
+        lse = p.logits().logsumexp(1) * p.valid
+        assert_same(p, found[:3], (logp, entropy, lse))
+        assert torch.equal(found.is_top1, p.target == p.logits().argmax(1))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_meta_tensors(reduction):
+    x, weight = (torch.randn(n, 3, device="meta", requires_grad=True) for n in (4, 5))
+    target = torch.zeros(4, 2, dtype=torch.int64, device="meta")
+    options = {"z_loss": 0.1, "label_smoothing": 0.1, "reduction": reduction}
+    loss, metrics = vs.linear_cross_entropy(x, weight, target, return_metrics=True, **options)
+    assert loss.shape == ((4, 2) if reduction == "none" else ())
+    assert [m.shape for m in metrics] == [(), (), (4,), (4, 2)]
+    loss.sum().backward()
+    assert x.grad.shape == (4, 3) and weight.grad.shape == (5, 3)
+    stats = vs.token_logprobs(x, weight, target, return_stats=True)
+    assert [s.shape for s in stats] == [(4, 2), (4,), (4,), (4,), (4,), (4,), (4, 2)]

@@ -124,9 +124,13 @@ def test_direct_calls_are_checked(change, message):
         "chunk_size": 0,
     } | change
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.varstream.linear_cross_entropy(*arguments.values(), False, False, False)
+        torch.ops.varstream.linear_cross_entropy(*arguments.values(), *[None] * 4, *[False] * 4)
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.varstream.token_logprobs(*arguments.values(), False)
+        torch.ops.varstream.token_logprobs(*arguments.values(), None, *[False] * 4)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.varstream.token_logprobs_bwd(
+            *[None] * 5, *arguments.values(), None, False, False, False
+        )
 
 
 @pytest.mark.parametrize("normalizer", [None, 0, 5, torch.tensor(0), torch.tensor(5.0)])

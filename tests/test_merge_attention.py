@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 from cases import cu_seqlens
 
 import varstream as vs
-from varstream.testing import assert_exact, dense_attention
+from varstream.testing import assert_error_ratio, assert_exact, dense_attention
 
 
 def split(q, k, v, pieces):
@@ -70,6 +71,58 @@ def test_gradcheck():
     outs = [torch.randn(3, 2, 4, dtype=torch.float64).requires_grad_() for _ in range(3)]
     lses = [torch.randn(2, 3, dtype=torch.float64).requires_grad_() for _ in range(3)]
     assert torch.autograd.gradcheck(lambda *t: vs.merge_attention(t[:3], t[3:]), (*outs, *lses))
+
+
+def plain_merge(outs, lses):
+    """The formula, every step in the dtype of the parts."""
+    parts = torch.stack(lses)
+    lse = parts.logsumexp(0)
+    weights = (parts - lse).exp().transpose(1, 2)[..., None]
+    return (torch.stack(outs) * weights).sum(0), lse
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    """Values and gradients against the formula in low precision, which rounds the LSEs too."""
+    leaves = [torch.randn(37, 4, 8).to(dtype) for _ in range(3)]
+    leaves += [torch.randn(4, 37).to(dtype) for _ in range(3)]
+    dout, dlse = torch.randn(37, 4, 8).to(dtype), torch.randn(4, 37).to(dtype)
+
+    def run(merge, cast_out, cast_lse):
+        given = [t.to(cast_out) for t in leaves[:3]] + [t.to(cast_lse) for t in leaves[3:]]
+        given = [t.detach().requires_grad_() for t in given]
+        out, lse = merge(given[:3], given[3:])
+        grads = torch.autograd.grad((out, lse), given, (dout.to(out.dtype), dlse.to(lse.dtype)))
+        return out.detach(), lse.detach(), *grads
+
+    got = run(vs.merge_attention, dtype, torch.float32)
+    plain = run(plain_merge, dtype, dtype)
+    exact = run(plain_merge, torch.float64, torch.float64)
+    assert got[0].dtype == dtype and got[1].dtype == torch.float32
+    names = ("out", "lse", *(f"d{n}[{i}]" for n in ("outs", "lses") for i in range(3)))
+    for name, ours, theirs, want in zip(names, got, plain, exact, strict=True):
+        assert_error_ratio(ours, theirs, want, name=name)
+
+
+def test_compiles_whole_and_once():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def merge(outs, lses):
+        return vs.merge_attention(outs, lses)
+
+    for rows in (5, 8, 13, 21):
+        outs = [torch.randn(rows, 2, 4, dtype=torch.float64).requires_grad_() for _ in range(2)]
+        lses = [torch.randn(2, rows, dtype=torch.float64).requires_grad_() for _ in range(2)]
+        lses[1].detach()[0, 0] = -torch.inf  # a part that sees nothing
+        results = []
+        for call in (merge, vs.merge_attention):
+            out, lse = call(outs, lses)
+            grads = torch.autograd.grad(out.square().sum() + lse.sum(), [*outs, *lses])
+            results.append((out, lse, *grads))
+        for got, want in zip(*results, strict=True):
+            assert_exact(got, want)
+    assert counter.frame_count <= 2  # the second length makes the first dimension symbolic
 
 
 @pytest.mark.parametrize(

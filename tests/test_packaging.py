@@ -23,6 +23,7 @@ from varstream import _C, _load
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "varstream"
+COMMANDS = ("info", "demo", "plan", "verify", "bench")
 CMAKE = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 needs_cmake = pytest.mark.skipif(CMAKE is None, reason="no cmake")
@@ -77,13 +78,14 @@ def test_missing_module_says_how_to_build(monkeypatch: pytest.MonkeyPatch):
 def test_every_schema_is_there():
     operators = {
         *("pack", "unpack", "varlen_attention", "varlen_attention_bwd"),
-        *("varlen_attention_bwd_accumulate", "linear_cross_entropy"),
-        *("token_logprobs", "token_logprobs_bwd"),
+        *("varlen_attention_bwd_accumulate", "linear_cross_entropy", "linear_distillation"),
+        *("token_logprobs", "token_logprobs_bwd", "linear_bias_gelu", "linear_bias_gelu_bwd"),
+        *("bias_residual_layer_norm", "bias_residual_layer_norm_bwd"),
     }
     names = torch._C._dispatch_get_all_op_names()
     assert {
         n.removeprefix("varstream::") for n in names if n.startswith("varstream::")
-    } >= operators
+    } == operators
 
 
 # --- the binary -----------------------------------------------------------------------------------
@@ -278,7 +280,12 @@ def test_wheel_holds_the_package_and_nothing_else(cpu_wheel: Path):
         if p.suffix in (".py", ".pyi", ".typed") and "__pycache__" not in p.parts
     }
     assert {"varstream/py.typed", "varstream/_C.pyi"} <= sources
-    assert {n for n in ours if not n.endswith(".so")} == sources
+    benchmarks = {
+        f"varstream/bench/{p.relative_to(ROOT / 'bench').as_posix()}"
+        for p in (ROOT / "bench").rglob("*")
+        if p.suffix in (".py", ".md") or p.name == "schema.json"
+    }
+    assert {n for n in ours if not n.endswith(".so")} == sources | benchmarks
 
 
 @needs_cmake
@@ -342,10 +349,9 @@ def test_command_line_lists_its_commands():
         [sys.executable, "-m", "varstream", "--help"], capture_output=True, text=True
     )
     assert result.returncode == 0
-    assert "info" in result.stdout and "demo" in result.stdout
+    assert all(f" {name} " in result.stdout for name in COMMANDS)
 
 
 def test_commands_import_only_what_they_run():
     loaded = run_python("import sys, varstream.cli; print(*sys.modules)").split()
-    assert "varstream.cli.demo" not in loaded
-    assert "varstream.cli.info" not in loaded
+    assert not {f"varstream.cli.{name}" for name in COMMANDS} & set(loaded)

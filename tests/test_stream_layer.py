@@ -222,11 +222,35 @@ BAD = {
     "reverse": ({"reverse": "no"}, "reverse must be a bool, got str"),
     "one_tensor": ({"params": torch.zeros(2, 2)}, "params must be a list of tensors, got Tensor"),
     "no_tensor": ({"params": ["a"]}, r"params\[0\] must be a torch.Tensor, got str"),
+    "named_params": (
+        {"params": {"w": torch.zeros(2)}},
+        "params must be a list of tensors, got dict",
+    ),
     "no_params": ({"params": None}, "params must be a list of tensors, got NoneType"),
     "rest": ({"rest": lambda x, p, a: x[:1]}, "rest's result must have the chunk's 3 rows"),
     "kv": ({"kv": lambda x, p: (x[:1], x)}, "kv's k must have the chunk's 3 rows"),
+    "kv_single": (
+        {"kv": lambda x, p: x},
+        r"kv must return the pair \(k, v\), got a tensor of shape",
+    ),
+    "kv_triple": ({"kv": lambda x, p: (x, x, x)}, r"the pair \(k, v\), got tuple of 3"),
     "dropout": ({"dropout_p": 0.1}, "stream_layer can't honour dropout_p"),
     "positions": ({"position_ids": torch.arange(4)}, "position_ids must have size 3"),
+    "positions_dtype": (
+        {"position_ids": torch.zeros(3)},
+        "position_ids must have dtype int64, int32, got float32",
+    ),
+    "no_kv": ({"kv": None}, "kv must be a function, got NoneType"),
+    "rest_type": ({"rest": "rest"}, "rest must be a function, got str"),
+    "slopes_rows": (
+        {"alibi_slopes": torch.zeros(1, HQ)},
+        r"alibi_slopes must have 1 dimensions \(Hq,\), got shape \(1, 4\)",
+    ),
+    "slopes_heads": (
+        {"alibi_slopes": torch.zeros(3)},
+        r"alibi_slopes must have size 4 in dimension 0 \(Hq,\), got shape \(3,\)",
+    ),
+    "slopes_type": ({"alibi_slopes": [0.5] * HQ}, "alibi_slopes must be a torch.Tensor, got list"),
 }
 
 
@@ -242,6 +266,72 @@ def test_errors(change, message):
     }
     with pytest.raises((TypeError, ValueError), match=message):
         vs.stream_layer(**(arguments | change))
+
+
+def test_functions_are_checked_before_any_work():
+    layer = Layer()
+    with pytest.raises(TypeError, match="rest must be a function, got NoneType"):
+        vs.stream_layer(layer.kv, None, torch.zeros(3, D), cu_seqlens([3]), params=layer.params)
+    assert layer.kv_rows == 0
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_attend_may_be_called_any_number_of_times(calls):
+    layer, cu = Layer(), cu_seqlens([5, 9])
+    x = torch.randn(14, D, dtype=torch.float64, requires_grad=True)
+
+    def rest(x, pos, attend):
+        y = x
+        for i in range(calls):
+            q = (torch.tanh(y) @ layer.w["q"]).view(-1, HQ, HD)
+            y = y + (i + 1) * attend(q).flatten(1) @ layer.w["o"]
+        return y @ layer.w["m"]
+
+    k, v = layer.kv(x, positions([5, 9]))
+    want = rest(x, None, lambda q: dense_attention(q, k, v, cu, causal=True)[0])
+    leaves, dy = [x, *layer.params], torch.randn_like(want)
+    expected = torch.autograd.grad(want, leaves, dy, materialize_grads=True)
+    for chunk_size in (1, 4, 14):
+        y = vs.stream_layer(layer.kv, rest, x, cu, params=layer.params, chunk_size=chunk_size)
+        assert_exact(y, want)
+        got = torch.autograd.grad(y, leaves, dy)
+        for g, w in zip(got, expected, strict=True):
+            assert_exact(g, w)
+
+
+def test_params_may_be_walked_only_once():
+    """``module.parameters()`` is what people have at hand."""
+    layer, cu = Layer(), cu_seqlens([5, 9])
+    x = torch.randn(14, D, dtype=torch.float64)
+    results = []
+    for params in (layer.params, iter(layer.params)):
+        y = vs.stream_layer(layer.kv, layer.rest, x, cu, params=params, chunk_size=4)
+        results.append(torch.autograd.grad(y.square().sum(), layer.params))
+    for got, want in zip(*results, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_stays_outside_compiled_graphs(recwarn):
+    layer, cu = Layer(), cu_seqlens([5, 9])
+    x = torch.randn(14, D, dtype=torch.float64, requires_grad=True)
+    outside = []
+
+    def run(x):
+        return vs.stream_layer(
+            layer.kv, layer.rest, x * 2, cu, params=layer.params, chunk_size=4
+        ).square()
+
+    def kv(x, pos):
+        outside.append(not torch.compiler.is_compiling())
+        return Layer.kv(layer, x, pos)
+
+    want = torch.autograd.grad(run(x).sum(), [x, *layer.params])
+    layer.kv = kv
+    got = torch.autograd.grad(torch.compile(run, backend="eager")(x).sum(), [x, *layer.params])
+    assert outside and all(outside)
+    assert not [w for w in recwarn if "Dynamo" in str(w.message)]
+    for g, w in zip(got, want, strict=True):
+        assert_exact(g, w)
 
 
 def test_gradients_that_autograd_shares_are_summed_apart():

@@ -26,6 +26,45 @@ def test_without_gradients_the_original_runs():
     assert torch.equal(want.logits, got.logits)
 
 
+@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens", "both, with a mask of ones"])
+def test_packed_documents_stay_apart_without_gradients(told_by):
+    """transformers' own forward makes a cache by default, and then looks past their edges."""
+    twin = make_twin("qwen3")
+    lengths = [4, 1, 7, 3]
+    row = packed_row(lengths)
+    ids = row["input_ids"]
+    with torch.no_grad():
+        want = torch.cat([twin(part).logits for part in ids.split(lengths, 1)], 1)
+    inputs = {"input_ids": ids}
+    if told_by != "cu_seq_lens":
+        inputs["position_ids"] = row["position_ids"]
+    if told_by != "position_ids":
+        cu = vs.cu_seqlens(lengths)
+        inputs |= {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
+    if "mask" in told_by:
+        inputs["attention_mask"] = torch.ones_like(ids)
+    streamed = vs.stream(twin, chunk_size=5)
+    with torch.no_grad():
+        got = streamed(**inputs)
+        hidden = streamed.model(**inputs).last_hidden_state
+    assert got.past_key_values is None
+    assert_exact(got.logits, want)
+    assert_exact(streamed.lm_head(hidden), want)
+
+
+def test_sequence_index_must_say_what_the_rows_say():
+    model = vs.stream(make_model(), chunk_size=5)
+    row = packed_row([4, 1, 3])
+    index = torch.tensor([[0, 0, 0, 0, 1, 2, 2, 2]], dtype=torch.int32)
+    assert torch.equal(model(**row, seq_idx=index).loss, model(**row).loss)
+    for wrong in ([[0] * 8], [[0, 0, 1, 1, 1, 2, 2, 2]], [list(range(8))]):
+        with pytest.raises(ValueError, match="seq_idx must change where documents begin"):
+            model(**row, seq_idx=torch.tensor(wrong))
+    ids = torch.randint(50, (2, 4))
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    model(input_ids=ids, attention_mask=mask, labels=ids, seq_idx=torch.zeros_like(ids))
+
+
 def test_generate_is_unchanged():
     model = make_model().eval()
     streamed = vs.stream(copy.deepcopy(model), chunk_size=3)
@@ -322,9 +361,9 @@ def test_not_a_model():
     ("options", "message"),
     [
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
-        ({"head_chunk_size": 0}, "head_chunk_size must be >= 1"),
+        ({"head_chunk_size": 0}, "head_chunk_size must be at least 1"),
         ({"offload": True}, "offload=True is not available"),
-        ({"memory_budget": 10}, "memory_budget is not available"),
+        ({"memory_budget": 0}, "memory_budget must be >= 1"),
     ],
 )
 def test_bad_options(options, message):

@@ -13,6 +13,12 @@
   "bool causal, SymInt window_left, SymInt window_right, float softmax_scale, "         \
   "float softcap, float dropout_p, bool deterministic"
 
+// The arguments that the head's operators share, in order, and which gradients are wanted.
+#define VARSTREAM_HEAD_ARGS                                                  \
+  "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, " \
+  "int ignore_index, float logit_scale, float softcap, float temperature, SymInt chunk_size"
+#define VARSTREAM_HEAD_NEEDS "bool need_input_grad, bool need_weight_grad, bool need_bias_grad"
+
 STABLE_TORCH_LIBRARY(varstream, m) {
   // Packed batches. indices int64 (n,): row of x that packed row i comes from, negative: no row.
   m.def("pack(Tensor x, Tensor indices) -> Tensor");
@@ -30,20 +36,47 @@ STABLE_TORCH_LIBRARY(varstream, m) {
   m.def("varlen_attention_bwd_accumulate(" VARSTREAM_ATTENTION_BWD_ARGS
         ", Tensor(a!) dk, Tensor(b!) dv, Tensor(c!)? dsinks) -> Tensor dq");
 
-  // The head: logits never exist as a whole.
+  // The head: logits never exist as a whole. target (N,) or (N, K).
+  m.def("linear_cross_entropy(" VARSTREAM_HEAD_ARGS
+        ", Tensor? class_weight, Tensor? nll_scale, Tensor? smooth_scale, Tensor? lse_sq_scale, "
+        "bool return_metrics, " VARSTREAM_HEAD_NEEDS
+        ") -> (Tensor loss_sum, Tensor dinput, Tensor dweight, Tensor dbias, Tensor lse_sq_sum, "
+        "Tensor logp, Tensor argmax)");
+  m.def("token_logprobs(" VARSTREAM_HEAD_ARGS
+        ", Tensor? class_weight, bool return_entropy, bool return_class_sum, bool return_argmax, "
+        "bool return_log_sum_sq) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor class_sum, "
+        "Tensor log_sum_sq, Tensor argmax)");
   m.def(
-      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, "
-      "Tensor target, int ignore_index, float logit_scale, float softcap, float temperature, "
-      "SymInt chunk_size, bool need_input_grad, bool need_weight_grad, bool need_bias_grad) -> "
-      "(Tensor loss_sum, Tensor valid_count, Tensor dinput, Tensor dweight, Tensor dbias)");
+      "token_logprobs_bwd(Tensor? dlogp, Tensor? dentropy, Tensor? dlse, Tensor? dclass_sum, "
+      "Tensor? entropy, " VARSTREAM_HEAD_ARGS ", Tensor? class_weight, " VARSTREAM_HEAD_NEEDS
+      ") -> (Tensor dinput, Tensor dweight, Tensor dbias)");
+
+  // The encoder layer's row-wise parts. Rows are every dimension but the last; a gradient that is
+  // not needed comes back empty.
   m.def(
-      "token_logprobs(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
-      "int ignore_index, float logit_scale, float softcap, float temperature, "
-      "SymInt chunk_size, bool return_entropy) -> (Tensor logp, Tensor entropy, Tensor lse)");
+      "bias_residual_layer_norm(Tensor x, Tensor? bias, Tensor? residual, Tensor? weight, "
+      "Tensor? ln_bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def(
-      "token_logprobs_bwd(Tensor dlogp, Tensor? dentropy, Tensor input, Tensor linear_weight, "
-      "Tensor? linear_bias, Tensor target, Tensor lse, Tensor? entropy, int ignore_index, "
-      "float logit_scale, float softcap, float temperature, SymInt chunk_size, "
+      "bias_residual_layer_norm_bwd(Tensor dy, Tensor x, Tensor? bias, Tensor? residual, "
+      "Tensor? weight, Tensor mean, Tensor rstd, bool need_input_grad, bool need_bias_grad, "
+      "bool need_weight_grad, bool need_ln_bias_grad) -> "
+      "(Tensor dx, Tensor dbias, Tensor dweight, Tensor dln_bias)");
+  m.def(
+      "linear_bias_gelu(Tensor x, Tensor weight, Tensor? bias, str approximate, bool keep_pre) -> "
+      "(Tensor y, Tensor pre)");
+  m.def(
+      "linear_bias_gelu_bwd(Tensor dy, Tensor x, Tensor weight, Tensor pre, str approximate, "
       "bool need_input_grad, bool need_weight_grad, bool need_bias_grad) -> "
-      "(Tensor dinput, Tensor dweight, Tensor dbias)");
+      "(Tensor dx, Tensor dweight, Tensor dbias)");
+
+  // Divergence of a student's head from a teacher's, chunk by chunk. The gradients are those of
+  // loss_sum = sum(token_weight * losses) over the rows in mask.
+  m.def(
+      "linear_distillation(Tensor input, Tensor linear_weight, Tensor? linear_bias, "
+      "Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, Tensor? mask, "
+      "Tensor? token_weight, float beta, float temperature, float logit_scale, float softcap, "
+      "float teacher_logit_scale, float teacher_softcap, SymInt chunk_size, "
+      "bool need_input_grad, bool need_weight_grad, bool need_bias_grad) -> "
+      "(Tensor losses, Tensor loss_sum, Tensor valid_count, Tensor dinput, Tensor dweight, "
+      "Tensor dbias)");
 }

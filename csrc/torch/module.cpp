@@ -8,6 +8,7 @@
 
 #include "build_config.h"
 #include "torch/cuda_shim.h"
+#include "varlen/balance.h"
 #include "varlen/bin_packing.h"
 #include "varlen/row_copy_launch.h"
 
@@ -79,6 +80,27 @@ void def_packer(py::module_& m, const char* name, Packer* packer) {
       "Bins as (order, offsets): bin b holds documents order[offsets[b]:offsets[b + 1]].");
 }
 
+using Balancer = std::vector<int64_t>(const varlen::BalanceProblem&);
+
+// Binds a balancer as name(costs, bins) -> bin of each item.
+void def_balancer(py::module_& m, const char* name, Balancer* balancer) {
+  using Costs = py::array_t<double, py::array::c_style>;
+  m.def(
+      name,
+      [balancer](const Costs& costs, int64_t bins) {
+        const varlen::BalanceProblem problem{costs.data(), costs.size(), bins};
+        std::vector<int64_t> bin_of;
+        {
+          const py::gil_scoped_release release;
+          bin_of = balancer(problem);
+        }
+        return as_array(std::move(bin_of));
+      },
+      py::arg("costs"),
+      py::arg("bins"),
+      "The bin of each item.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -90,4 +112,6 @@ PYBIND11_MODULE(_C, m) {
   def_packer(m, "best_fit_decreasing", &varlen::best_fit_decreasing);
   def_packer(m, "first_fit_decreasing", &varlen::first_fit_decreasing);
   def_packer(m, "next_fit", &varlen::next_fit);
+  def_balancer(m, "balance_lpt", &varlen::balance_lpt);
+  def_balancer(m, "balance_karmarkar_karp", &varlen::balance_karmarkar_karp);
 }

@@ -3,25 +3,36 @@
 Public names are re-exported here; each is documented where it is defined.
 """
 
+from varstream import nn, objectives
 from varstream._load import extension as _extension
+from varstream.encoder import padding_free, restore_padding
 from varstream.ops.attention import varlen_attention
 from varstream.ops.attention_backward import varlen_attention_backward
-from varstream.ops.linear_cross_entropy import linear_cross_entropy
+from varstream.ops.linear_cross_entropy import CrossEntropyMetrics, linear_cross_entropy
 from varstream.ops.merge import merge_attention
 from varstream.ops.packing import Packed, cu_seqlens, pack, unpack
-from varstream.ops.token_logprobs import token_logprobs
+from varstream.ops.token_logprobs import TokenStats, token_logprobs
+from varstream.planner import MemoryPlan, plan_memory
 from varstream.streaming import UnsupportedModelError, stream, stream_layer, unstream
 
 __version__: str = _extension.build_info()["version"]
 
 __all__ = [
+    "CrossEntropyMetrics",
+    "MemoryPlan",
     "Packed",
+    "TokenStats",
     "UnsupportedModelError",
     "__version__",
     "cu_seqlens",
     "linear_cross_entropy",
     "merge_attention",
+    "nn",
+    "objectives",
     "pack",
+    "padding_free",
+    "plan_memory",
+    "restore_padding",
     "stream",
     "stream_layer",
     "token_logprobs",

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from varstream._checks import check_tensor
+
 _NUMPY_FLOATS = (torch.float64, torch.float32, torch.float16)
 
 
@@ -16,8 +18,11 @@ def host_array(name: str, values: Any) -> np.ndarray:
 
     Raises:
         TypeError: ragged lists, other things than numbers, or a tensor dtype that NumPy lacks.
+        ValueError: a tensor that is sparse or holds no values.
     """
     tensor = isinstance(values, torch.Tensor)
+    if tensor and check_tensor(name, values).is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
     if tensor and values.dtype.is_floating_point and values.dtype not in _NUMPY_FLOATS:
         raise TypeError(f"{name} must have a dtype that NumPy has, got {values.dtype}")
     try:

@@ -7,14 +7,18 @@ is written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
+_SIZE = re.compile(r"[\d.]+\s*[kmgt]?i?b", re.IGNORECASE)  # bytes as people write them: "16GiB"
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -56,11 +60,14 @@ def check_tensor(
         layout: the contract's shape in words, such as ``"(total_q, Hq, D)"``, for the message.
 
     Raises:
-        TypeError: ``value`` is no tensor.
-        ValueError: dimensions, sizes, dtype or device differ from what is required.
+        TypeError: ``value`` is no tensor, or one that ``check_no_transforms`` refuses.
+        ValueError: it is sparse, or dimensions, sizes, dtype or device aren't what is required.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    check_no_transforms(name, value)
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name} must be a dense, strided tensor, got {value.layout}")
     words = f" {layout}" if layout else ""
     if shape is not None:
         ndim = len(shape)
@@ -84,6 +91,42 @@ def check_tensor(
     return value
 
 
+def check_no_transforms(name: str, value: Tensor) -> None:
+    """Refuse a tensor inside a ``torch.func`` transform and a forward-mode dual.
+
+    The operators know reverse mode only; torch would drop a tangent, or the gradient of a batched
+    tensor, without a word.
+
+    Raises:
+        TypeError: the tensor is batched, tracked or dual.
+    """
+    if is_compiling():
+        return
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(value) or functorch.is_gradtrackingtensor(value):
+        raise TypeError(
+            f"{name} must be a plain tensor: torch.func transforms are not supported, "
+            f"got one inside {'vmap' if functorch.is_batchedtensor(value) else 'grad or jvp'}"
+        )
+    if forward_ad.unpack_dual(value).tangent is not None:
+        raise TypeError(
+            f"{name} must be a plain tensor: forward-mode derivatives are not supported, "
+            "got a dual tensor"
+        )
+
+
+@contextmanager
+def op_errors(name: str) -> Iterator[None]:
+    """Errors of the checks inside as those of the operator ``varstream::name``.
+
+    An operator checks again what its public wrapper has checked: a direct call has not.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(f"varstream::{name}: {error}") from None
+
+
 def check_same_dtype(**tensors: Tensor | None) -> torch.dtype:
     """Check that all named tensors that are given share one dtype and return it."""
     given = {name: t for name, t in tensors.items() if t is not None}
@@ -102,7 +145,11 @@ def check_float(
     """Check a real number, finite and within ``[low, high]``, and return it as a float."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        bits = int(value).bit_length()
+        raise ValueError(f"{name} must be finite as a float, got an int of {bits} bits") from None
     if number != number or number in (float("inf"), float("-inf")):
         raise ValueError(f"{name} must be finite, got {value}")
     if low is not None and number < low:
@@ -112,10 +159,27 @@ def check_float(
     return number
 
 
+def check_positive(name: str, value: Any) -> float:
+    """Check a finite number above 0."""
+    number = check_float(name, value)
+    if number <= 0:
+        raise ValueError(f"{name} must be above 0, got {value}")
+    return number
+
+
 def check_int(name: str, value: Any, *, low: int | None = None) -> int:
-    """Check an integer (a ``SymInt`` while compiling) not below ``low`` and return it."""
+    """Check an integer (a ``SymInt`` while compiling) of at most 64 bits, not below ``low``."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if isinstance(value, str) and _SIZE.fullmatch(value):
+            raise TypeError(
+                f"{name} must be an int, got {value!r}; give a number of bytes such as 16 << 30"
+            )
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        bits = value.bit_length()
+        raise ValueError(
+            f"{name} must fit an int of 64 bits (at most 2**63 - 1), got one of {bits} bits"
+        )
     if low is not None and value < low:
         raise ValueError(f"{name} must be >= {low}, got {value}")
     return value  # type: ignore[return-value]
@@ -126,6 +190,50 @@ def check_bool(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
     return value
+
+
+def check_device(name: str, value: Any) -> torch.device:
+    """Check a device, or what names one, and return it; whether it is there is not looked at."""
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{name} must be a device such as 'cpu', got {value!r}") from None
+
+
+def check_mask_values(name: str, mask: Tensor) -> None:
+    """Check that a floating mask holds 0 and 1 only: read as nonzero, an additive one is inverted.
+
+    Reads values; callers decide whether they are visible.
+    """
+    if mask.is_floating_point():
+        odd = mask[(mask != 0) & (mask != 1)]
+        if odd.numel():
+            raise ValueError(
+                f"{name} of dtype {mask.dtype} must hold 0 and 1, got {odd[0].item()} "
+                "(an additive mask?)"
+            )
+
+
+def check_normalizer(value: Any, count: Tensor, like: Tensor, name: str = "normalizer") -> Tensor:
+    """Check a divisor given as a number or a tensor of one element and return it as ().
+
+    It comes detached, in the dtype and on the device of ``like``, and as 1 where ``count`` () is 0:
+    a sum over nothing stays 0. Its value is checked where that costs no device synchronisation.
+    """
+    if isinstance(value, Tensor):
+        check_tensor(name, value)
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+        if value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"{name} must have a real dtype, got {value.dtype}")
+    else:
+        if not isinstance(value, torch.SymInt):
+            value = check_float(name, value, low=0.0, high=torch.finfo(like.dtype).max)
+        value = torch.full_like(like, value, requires_grad=False)
+    divisor = value.detach().reshape(()).to(like)
+    if values_visible(count, divisor) and bool(count > 0) and not bool(divisor > 0):
+        raise ValueError(f"{name} must be above 0, got {float(divisor)}")
+    return torch.where(count == 0, 1.0, divisor)
 
 
 def check_cu_seqlens(

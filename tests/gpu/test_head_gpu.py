@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from head_cases import SCALINGS, problem
+from head_cases import FEATURES, SCALINGS, problem, several_targets
 
 import varstream as vs
 from varstream.testing import assert_exact
@@ -31,4 +31,32 @@ def test_matches_the_cpu(reduction, scaling):
     p = problem(17, ignored=[0, 7, 16])
     wanted = results(p, "cpu", reduction, scaling)
     for got, want in zip(results(p, "cuda", reduction, scaling), wanted, strict=True):
+        assert_exact(got.cpu(), want)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one_target", "several"])
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_every_option_matches_the_cpu(reduction, softcap, several):
+    p = problem(17, ignored=[0, 7, 16])
+    p = several_targets(p) if several else p
+    options = {key: value for feature in FEATURES.values() for key, value in feature(p).items()}
+    options |= {"softcap": softcap, "reduction": reduction, "chunk_size": 5}
+    found = []
+    for device in ("cpu", "cuda"):
+        x, weight, bias = (t.detach().to(device).requires_grad_() for t in p.leaves)
+        moved = {
+            key: value.to(device) if isinstance(value, torch.Tensor) else value
+            for key, value in options.items()
+        }
+        target = p.target.to(device)
+        loss, metrics = vs.linear_cross_entropy(
+            x, weight, target, linear_bias=bias, return_metrics=True, **moved
+        )
+        stats = vs.token_logprobs(
+            x, weight, target, linear_bias=bias, return_stats=True, softcap=softcap, chunk_size=5
+        )
+        total = (loss * 3).sum() + sum((t * (i + 1)).sum() for i, t in enumerate(stats[:3]))
+        found.append((loss, *metrics, *stats, *torch.autograd.grad(total, (x, weight, bias))))
+    for want, got in zip(*found, strict=True):
         assert_exact(got.cpu(), want)

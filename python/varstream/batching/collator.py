@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varstream._arrays import host_array, int_array
-from varstream._checks import check_int
+from varstream._checks import check_int, check_mask_values
 from varstream.ops.packing import INT32_MAX
 
 _KNOWN = ("input_ids", "labels", "attention_mask")
@@ -57,17 +57,14 @@ class PackedCollator:
         extra: Sequence[str] = (),
         ignored: Sequence[str] = (),
     ) -> None:
-        for name, names in (("extra", extra), ("ignored", ignored)):
-            if isinstance(names, str):
-                raise TypeError(f"{name} must be a sequence of names, got the string {names!r}")
+        self.extra = _names("extra", extra)
+        self.ignored = frozenset(_names("ignored", ignored))
         for name in (*_KNOWN, *_MADE):
-            if name in extra:
+            if name in self.extra:
                 raise ValueError(f"extra must not name what PackedCollator handles, got {name!r}")
         self.ignore_index = check_int("ignore_index", ignore_index)
         self.first_position = check_int("first_position", first_position, low=0)
         self.max_length = None if max_length is None else check_int("max_length", max_length, low=0)
-        self.extra = tuple(extra)
-        self.ignored = frozenset(ignored)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Collate ``examples``; see the class for what comes back.
@@ -136,7 +133,11 @@ class PackedCollator:
         mask = example.get("attention_mask")
         kept = None
         if mask is not None:
-            kept = host_array(f"attention_mask of example {index}", mask) != 0
+            name = f"attention_mask of example {index}"
+            given = host_array(name, mask)
+            if given.dtype.kind == "f":
+                check_mask_values(name, torch.tensor(given))
+            kept = given != 0
         for name, column in (*columns.items(), ("attention_mask", kept)):
             if column is not None and column.shape[:1] != tokens.shape:
                 raise ValueError(
@@ -144,6 +145,19 @@ class PackedCollator:
                     f"got shape {column.shape}"
                 )
         return columns if kept is None else {name: c[kept] for name, c in columns.items()}
+
+
+def _names(argument: str, names: Any) -> tuple[str, ...]:
+    """The names of columns; one name alone is taken for a mistake, not for its letters."""
+    if isinstance(names, str):
+        raise TypeError(f"{argument} must be a sequence of names, got the string {names!r}")
+    if not isinstance(names, Iterable) or isinstance(names, Tensor):
+        raise TypeError(f"{argument} must be a sequence of names, got {type(names).__name__}")
+    names = tuple(names)
+    for i, name in enumerate(names):
+        if not isinstance(name, str):
+            raise TypeError(f"{argument}[{i}] must be a str, got {type(name).__name__}")
+    return names
 
 
 def _extra_array(name: str, values: Any) -> np.ndarray:

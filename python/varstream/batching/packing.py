@@ -157,7 +157,7 @@ def best_fit_decreasing(lengths: Any, capacity: int, max_depth: int | None = Non
         ValueError: a length below 0 or above ``capacity`` (index and value are named), a capacity
             or depth out of range.
     """
-    return _pack(_C.best_fit_decreasing, lengths, capacity, max_depth)
+    return pack_with(_C.best_fit_decreasing, lengths, capacity, max_depth)
 
 
 def first_fit_decreasing(lengths: Any, capacity: int, max_depth: int | None = None) -> Packing:
@@ -165,7 +165,7 @@ def first_fit_decreasing(lengths: Any, capacity: int, max_depth: int | None = No
 
     Arguments, result and errors as :func:`best_fit_decreasing`.
     """
-    return _pack(_C.first_fit_decreasing, lengths, capacity, max_depth)
+    return pack_with(_C.first_fit_decreasing, lengths, capacity, max_depth)
 
 
 def next_fit(lengths: Any, capacity: int, max_depth: int | None = None) -> Packing:
@@ -174,15 +174,16 @@ def next_fit(lengths: Any, capacity: int, max_depth: int | None = None) -> Packi
     Keeps the order of the data (curricula, streams) at the price of fill. Arguments, result and
     errors as :func:`best_fit_decreasing`.
     """
-    return _pack(_C.next_fit, lengths, capacity, max_depth)
+    return pack_with(_C.next_fit, lengths, capacity, max_depth)
 
 
-def _pack(
+def pack_with(
     packer: Callable[..., tuple[np.ndarray, np.ndarray]],
     lengths: Any,
     capacity: int,
     max_depth: int | None,
 ) -> Packing:
+    """Check a packer's arguments and run it; it checks the range of each length itself."""
     array = int_array("lengths", lengths, copy=True)
     for name, value, most, limit in (
         ("capacity", capacity, INT32_MAX, "2**31 - 1 (cu_seqlens is int32)"),

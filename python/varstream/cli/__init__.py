@@ -15,13 +15,14 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+import varstream
 from varstream.cli import errors
 
 
 class _Commands(TyperGroup):
     """The group of commands; its usage errors are one line like everyone's."""
 
-    def main(self, args: Sequence[str] | None = None, **_: Any) -> Any:
+    def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> Any:
         given = sys.argv[1:] if args is None else args
         sys.exit(errors.run(super().main, given or ["--help"], "varstream"))
 
@@ -35,8 +36,18 @@ app = typer.Typer(
 )
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"varstream {varstream.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _varstream() -> None:
+def _varstream(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
     """Without a command, the help."""
 
 

@@ -11,7 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
-from varstream.cli.errors import INTERRUPTED, UserError
+from varstream.cli.errors import INTERRUPTED, LARGEST_INT, UserError
 from varstream.demo.progress import Report
 from varstream.demo.settings import DemoError, Settings
 from varstream.demo.store import Store
@@ -30,7 +30,9 @@ def demo(
     steps: int = typer.Option(
         None, min=1, help="Training steps.", show_default=str(Settings.steps)
     ),
-    seed: int = typer.Option(Settings.seed, min=0, help="Seed of weights and data order."),
+    seed: int = typer.Option(
+        Settings.seed, min=0, max=LARGEST_INT, help="Seed of weights and data order."
+    ),
     budget: int = typer.Option(
         None,
         min=1,

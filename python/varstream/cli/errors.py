@@ -11,6 +11,7 @@ import typer
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # what shells use for SIGINT
+LARGEST_INT = 2**63 - 1  # what torch takes: 64 bits
 
 # Context settings of a command whose arguments another one reads, whatever they are.
 PASSED_ON = {
@@ -20,7 +21,7 @@ PASSED_ON = {
 }
 
 # typer carries a click of its own or uses the installed one, by version; this finds either's base.
-_UsageError, _ClickException = typer.BadParameter.__mro__[1:3]
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 class UserError(Exception):

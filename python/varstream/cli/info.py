@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import pkgutil
 import platform
 from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +30,7 @@ PACKAGES = (
     ),
     ("tokenizers", "tokenizers", "varstream demo"),
     ("matplotlib", "matplotlib", "figures of varstream demo and of the benchmarks"),
-    ("trl", "trl", "its trainers over a streamed model"),
+    ("trl", "trl", "its trainers over a streamed model, on our log-probs (fused-head hook)"),
     ("liger_kernel", "liger-kernel", "a peer in the benchmarks; its signature works without it"),
     ("peft", "peft", "nothing yet: vs.stream refuses LoRA adapters by name"),
 )
@@ -44,13 +41,20 @@ FEATURES = (
     ("varstream.objectives", "varstream.objectives", ()),
     ("vs.stream_layer", "varstream:stream_layer", ()),
     ("vs.stream, varstream verify", "varstream:stream", ("transformers",)),
+    ("vs.padding_free", "varstream:padding_free", ("transformers",)),
     ("vs.plan_memory, varstream plan", "varstream:plan_memory", ()),
     ("varstream.batching", "varstream.batching", ()),
     ("varstream demo", "varstream.demo", ("transformers", "tokenizers", "matplotlib")),
+    ("varstream.integrations.flash_attn", "varstream.integrations.flash_attn", ()),
+    ("varstream.integrations.flash_attn_3", "varstream.integrations.flash_attn_3", ()),
+    (
+        'varstream.integrations.transformers (attn_implementation="varstream")',
+        "varstream.integrations.transformers",
+        ("transformers",),
+    ),
+    ("varstream.integrations.liger", "varstream.integrations.liger", ()),
+    ("varstream.integrations.trl", "varstream.integrations.trl", ("trl",)),
 )
-INTEGRATIONS = "varstream.integrations"
-# The integrations that import what they integrate with; the others take any caller.
-NEEDED = {"transformers": ("transformers",), "trl": ("trl",), "peft": ("peft",)}
 
 app = typer.Typer(add_completion=False)
 
@@ -142,13 +146,9 @@ def _version(name: str) -> str:
         return "unknown"
 
 
-def _features() -> dict[str, str]:
+def _features(rows: Sequence[tuple[str, str, Sequence[str]]] = FEATURES) -> dict[str, str]:
     """What a user calls, and whether it works here."""
-    table = {name: _state(place, needs) for name, place, needs in FEATURES}
-    if _exists(INTEGRATIONS):
-        for name, summary in _integrations():
-            table[f"{INTEGRATIONS}.{name}: {summary}"] = _state("varstream", NEEDED.get(name, ()))
-    return table
+    return {name: _state(place, needs) for name, place, needs in rows}
 
 
 def _state(place: str, needs: Sequence[str]) -> str:
@@ -160,21 +160,12 @@ def _state(place: str, needs: Sequence[str]) -> str:
 
 def _exists(place: str) -> bool:
     module, _, name = place.partition(":")
-    return hasattr(varstream, name) if name else find_spec(module) is not None
-
-
-def _integrations() -> list[tuple[str, str]]:
-    """Name and first sentence of each public integration, read from its source, not imported."""
-    spec = find_spec(INTEGRATIONS)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    found = []
-    for module in pkgutil.iter_modules(folders):
-        if not module.name.startswith("_"):
-            path = Path(folders[0], module.name)
-            source = path / "__init__.py" if module.ispkg else path.with_suffix(".py")
-            words = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
-            found.append((module.name, " ".join(words.split("\n\n")[0].split()).rstrip(".")))
-    return sorted(found)
+    if name:
+        return hasattr(varstream, name)
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package it would be in
+        return False
 
 
 def _summary(cuda: dict[str, Any]) -> str:

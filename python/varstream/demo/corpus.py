@@ -19,6 +19,11 @@ from varstream.demo.settings import DemoError, Settings
 SKIPPED = {"__pycache__", "dist-packages", "idlelib", "lib2to3", "site-packages", "test", "tests"}
 START = "<|document|>"
 BYTES_PER_TOKEN = 16  # no more than this is read per token of the maximum length
+# With less a few steps learn the text by heart: gradients vanish, and so does what a difference is
+# relative to.
+LEAST_TOKENS = 64
+LEAST_DIFFERENT = 16
+LEAST_LENGTH = 8  # of a compared document: shorter ones hardly attend to anything
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def load_corpus(settings: Settings) -> Corpus:
     """Read, train a byte-level BPE tokenizer on what was read, tokenize and cut.
 
     Raises:
-        DemoError: nothing readable.
+        DemoError: nothing readable, or too little to learn from.
     """
     if settings.data is None:
         source = f"standard library of Python {sysconfig.get_python_version()}"
@@ -77,15 +82,40 @@ def load_corpus(settings: Settings) -> Corpus:
     else:
         source = settings.data.name or "the given folder"
         if not settings.data.exists():
-            raise DemoError(f"--data {settings.data} doesn't exist")
+            raise DemoError(
+                f"--data {settings.data} doesn't exist; give a text file or a folder of them"
+            )
         paths = [settings.data] if settings.data.is_file() else list(_files(settings.data, set()))
     random.Random(settings.seed).shuffle(paths)
     texts = _read(paths, settings)
     if not texts:
+        looked = f"{len(paths)} file{'' if len(paths) == 1 else 's'} looked at"
         raise DemoError(
-            f"no readable UTF-8 text in {settings.data or source} ({len(paths)} files looked at)"
+            f"no readable UTF-8 text in {settings.data or source} ({looked}); "
+            "give --data a text file or a folder of them"
         )
-    return _tokenize(source, texts, settings)
+    corpus = _tokenize(source, texts, settings)
+    _check_enough(corpus, settings)
+    return corpus
+
+
+def _check_enough(corpus: Corpus, settings: Settings) -> None:
+    """Refuse a corpus whose gradients would say nothing; start tokens don't count."""
+    tokens = torch.cat([document[1:] for document in corpus.documents])
+    different = len(tokens.unique())
+    if len(tokens) < LEAST_TOKENS or different < LEAST_DIFFERENT:
+        raise DemoError(
+            f"{corpus.source} is too little text: {len(tokens):,} "
+            f"token{'' if len(tokens) == 1 else 's'}, {different:,} different; "
+            f"give --data at least {LEAST_TOKENS} tokens, {LEAST_DIFFERENT} different "
+            "(a page of prose is enough)"
+        )
+    longest = max(map(len, corpus.sample(settings.compared, settings.compared_tokens)))
+    if longest < LEAST_LENGTH:
+        raise DemoError(
+            f"{corpus.source}: its documents are too short: the longest of those compared has "
+            f"{longest} tokens; give --data documents of at least {LEAST_LENGTH}"
+        )
 
 
 def _stdlib() -> Path:

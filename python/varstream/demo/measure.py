@@ -59,7 +59,7 @@ def first_runs(
             difference = worst_gradient(_gradients(runner.model), reference)[1]
             runner.release()
             runs[runner.method.key] = FirstRun(peak, difference)
-            advance(f"{runner.method.name}: {peak / MIB:,.0f} MiB, {difference:.1e}")
+            advance(f"{peak / MIB:,.0f} MiB, {difference:.1e}: {runner.method.name}")
     return runs
 
 
@@ -84,7 +84,7 @@ def measure_speed(
                 runner = runners[(i + round_) % len(runners)]
                 spent = _time(runner, documents)
                 seconds[runner.method.key].append(spent)
-                advance(f"{runner.method.name}: {tokens / spent:,.0f} tokens/s")
+                advance(f"{tokens / spent:,.0f} tokens/s: {runner.method.name}")
     return {k: Speed(tokens / statistics.median(times), times) for k, times in seconds.items()}
 
 
@@ -124,9 +124,13 @@ def measure_lengths(
                 advance(f"{length:,} tokens: {peak / MIB:,.0f} MiB")
                 return peak
 
-            found[method.key] = largest_under(
+            search = largest_under(
                 measure, settings.budget * MIB, settings.length_step, settings.length_cap
             )
+            # The line that stays is the answer: the last length tried may be one too long.
+            peak = f", {search.peaks[search.largest] / MIB:,.0f} MiB" if search.largest else ""
+            advance(f"largest: {search.result()} tokens{peak}")
+            found[method.key] = search
     return found
 
 

@@ -10,12 +10,15 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 Advance = Callable[[str], None]
+WIDE = 100  # columns of a terminal that has room for a bar
 
 
 class Report:
@@ -33,14 +36,18 @@ class Report:
     @contextmanager
     def progress(self, what: str, total: int | None) -> Iterator[Advance]:
         """A bar of ``total`` steps (None: unknown). The yielded function ends a step, with news."""
-        columns = [TextColumn("{task.description}"), BarColumn(bar_width=30)]
+        columns: list[ProgressColumn] = [TextColumn("{task.description}")]
+        if self.console.width >= WIDE:
+            columns += [BarColumn(bar_width=20)]
         if total is not None:
             columns += [MofNCompleteColumn()]
         columns += [TimeElapsedColumn()]
         if total is not None:
             columns += [TextColumn("left"), TimeRemainingColumn()]
-        columns += [TextColumn("{task.fields[news]}")]
-        with Progress(*columns, console=self.console) as bar:
+        # Only the news is cut where there is little room: it gets what the others leave.
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        columns += [TextColumn("{task.fields[news]}", table_column=rest)]
+        with Progress(*columns, console=self.console, expand=True) as bar:
             task = bar.add_task(what, total=total, news="")
 
             def advance(news: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from dataclasses import asdict
@@ -29,17 +28,16 @@ def run(settings: Settings, store: Store, report: Report) -> Comparison:
     """Corpus, training, comparison; prints as it goes, leaves its results in ``store``.
 
     Raises:
-        DemoError: nothing to read.
+        DemoError: nothing to read, or too little.
     """
-    # The profiler that counts the CPU's memory would announce every start and stop on stderr.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about: dict[str, Any] = {"settings": settings.as_json(), "environment": _environment(device)}
+    with report.console.status("Reading and tokenizing"):
+        corpus = load_corpus(settings)  # may refuse --data, so nothing is printed before
     report.note(_device_note(device))
 
     report.heading("Corpus")
-    corpus = load_corpus(settings)
     about["corpus"] = {"source": corpus.source, **corpus.statistics()}
     report.console.print(_corpus_table(corpus))
 
@@ -74,6 +72,8 @@ def run(settings: Settings, store: Store, report: Report) -> Comparison:
     store.json("comparison.json", {**about, **result.as_json()})
     store.text("comparison.md", result.markdown())
     _print_result(result, store, report, time.perf_counter() - began)
+    if settings.tiny:
+        report.note("These sizes are too small to show the memory gain: leave out --quick for it.")
     return result
 
 

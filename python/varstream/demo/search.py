@@ -61,7 +61,7 @@ def largest_under(measure: Callable[[int], int], budget: int, step: int, cap: in
         over = min(_beyond(found.peaks, fits, budget, step), 2 * fits, cap)
     tries = 0
     while over - fits > step:
-        guess = _between(found.peaks, fits, over, budget, step) if tries < 4 else (fits + over) // 2
+        guess = _between(found.peaks, fits, over, budget) if tries < 4 else (fits + over) // 2
         guess = min(max(guess // step * step, fits + step), over - step)
         if peak(guess) <= budget:
             fits = guess
@@ -82,7 +82,7 @@ def _beyond(peaks: dict[int, int], fits: int, budget: int, step: int) -> int:
     return max(int(wanted) // step * step, fits + step)
 
 
-def _between(peaks: dict[int, int], fits: int, over: int, budget: int, step: int) -> int:
+def _between(peaks: dict[int, int], fits: int, over: int, budget: int) -> int:
     """Where a straight line between the nearest points meets the budget."""
     if fits == 0:
         return over // 2

@@ -31,6 +31,7 @@ class Settings:
             have taken ``speed_seconds``.
         length_step: document lengths under the budget are multiples of this.
         length_cap: longest document tried.
+        tiny: the sizes are too small to show the memory gain; the run says so.
     """
 
     data: Path | None = None
@@ -54,6 +55,7 @@ class Settings:
     speed_seconds: float = 45.0
     length_step: int = 256
     length_cap: int = 16384
+    tiny: bool = False
 
     def on_gpu(self) -> Settings:
         """Longer documents and the budget to go with a GPU's larger chunks."""
@@ -76,6 +78,7 @@ class Settings:
             compared_tokens=1024,
             rounds=1,
             length_cap=1024,
+            tiny=True,
         )
 
     def as_json(self) -> dict[str, Any]:

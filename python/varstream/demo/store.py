@@ -23,7 +23,9 @@ class Store:
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as error:
-            raise DemoError(f"--out {folder} can't be written to: {error.strerror}") from None
+            raise DemoError(
+                f"--out {folder} can't be written to ({error.strerror}); give another folder"
+            ) from None
 
     def json(self, name: str, data: Any) -> None:
         self.text(name, json.dumps(data, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What the two head operators share: checks, autocast, the refusal of second derivatives."""
+"""What the two head operators share: checks, the refusal of second derivatives."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from torch import Tensor
 
 from varstream._checks import (
     FLOATING,
+    INTEGERS,
     check_float,
     check_int,
+    check_positive,
     check_same_dtype,
     check_tensor,
+    op_errors,
 )
+from varstream.ops._autocast import cast_for_autocast
 from varstream.reference.head import Head
 
+REDUCTIONS = ("mean", "sum", "none")
 AUTO_CHUNK = 0  # the op's word for "choose the chunk size"
 
 
@@ -62,48 +67,84 @@ def check_head(
         raise ValueError(f"linear_weight must have at least one class (V, d), got {classes}")
     if linear_bias is not None:
         check_tensor("linear_bias", linear_bias, shape=(classes,), device=device, layout="(V,)")
-    input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
+    input, linear_weight, linear_bias = cast_for_autocast(input, linear_weight, linear_bias)
     check_same_dtype(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
-    if isinstance(target, Tensor) and target.is_floating_point():
-        raise NotImplementedError(
-            "target as class probabilities is not supported; target must be int64 or int32 (N,)"
-        )
-    integers = (torch.int64, torch.int32)
-    check_tensor("target", target, shape=(rows,), dtypes=integers, device=device, layout="(N,)")
-    temperature = check_float("temperature", temperature, low=0.0)
-    if temperature == 0.0:
-        raise ValueError("temperature must be above 0, got 0.0")
+    _check_target(target, rows, device)
+    ignore_index = _check_ignore_index(ignore_index, target.dtype)
     return HeadCall(
         input,
         linear_weight,
         linear_bias,
         target,
-        check_int("ignore_index", ignore_index),
+        ignore_index,
         check_float("logit_scale", logit_scale),
         check_float("softcap", softcap, low=0.0),
-        temperature,
+        check_positive("temperature", temperature),
         AUTO_CHUNK if chunk_size is None else check_int("chunk_size", chunk_size, low=1),
     )
 
 
-def direct_call(name: str, *args: Any) -> HeadCall:
-    """The op's own checks: what the public call has checked already, a direct call has not."""
+def _check_target(target: Any, rows: int, device: torch.device) -> None:
+    """Class indices (N,) or (N, K)."""
+    layout = "(N,) or (N, K)"
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise ValueError(
+            f"target must hold class indices {layout}, int64 or int32: class probabilities are "
+            f"not supported, got {str(target.dtype).removeprefix('torch.')}"
+        )
+    check_tensor("target", target, dtypes=INTEGERS, device=device)
+    shape = tuple(target.shape)
+    if target.dim() not in (1, 2):
+        raise ValueError(f"target must have 1 or 2 dimensions {layout}, got shape {shape}")
+    if target.shape[0] != rows:
+        raise ValueError(f"target must have size {rows} in dimension 0 {layout}, got shape {shape}")
+
+
+def _check_ignore_index(value: Any, dtype: torch.dtype) -> int:
+    """An int that ``dtype`` can hold: a larger one would wrap around to some class."""
+    value = check_int("ignore_index", value)
+    limits = torch.iinfo(dtype)
+    if not limits.min <= value <= limits.max:
+        raise ValueError(f"ignore_index must fit the dtype of target ({dtype}), got {value}")
+    return value
+
+
+def check_reduction(reduction: Any, normalizer: Any = None) -> None:
+    """A reduction by name; only a mean has a divisor to replace."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if normalizer is not None and reduction != "mean":
+        raise ValueError(f"normalizer needs reduction='mean', got reduction={reduction!r}")
+
+
+def check_constant(name: str, value: Any, call: HeadCall, shape: Any, layout: str) -> Tensor | None:
+    """Check an optional floating tensor that no gradient goes to."""
+    if value is None:
+        return None
+    device = call.input.device
+    check_tensor(name, value, shape=shape, dtypes=FLOATING, device=device, layout=layout)
+    if value.requires_grad:
+        raise ValueError(
+            f"{name} must not require gradients: none are computed for it; detach it, "
+            "got requires_grad=True"
+        )
+    return value
+
+
+def direct_call(name: str, *args: Any, **constants: tuple[Tensor | None, Any]) -> HeadCall:
+    """The op's own checks: what the public call has checked already, a direct call has not.
+
+    ``args`` are HeadCall's; ``constants`` are further tensors with the shapes they must have.
+    """
     call = HeadCall(*args)
     given = call._asdict()
     chunk = given.pop("chunk_size")
-    try:
+    with op_errors(name):
         check_head(**given, chunk_size=None if chunk == AUTO_CHUNK else chunk)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise RuntimeError(f"varstream::{name}: {error}") from None
+        for key, (value, shape) in constants.items():
+            if value is not None:
+                check_tensor(key, value, shape=shape, dtypes=FLOATING, device=call.input.device)
     return call
-
-
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    kind = tensors[0].device.type if tensors[0] is not None else "cpu"
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
 
 
 def refuse_second_derivative(name: str) -> NoReturn:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from varstream import _load
-from varstream._checks import acc_dtype, check_bool
-from varstream.ops.attention_call import Call, autocast_cast, check_backward, check_call
+from varstream._checks import acc_dtype, check_bool, op_errors
+from varstream.ops._autocast import cast_for_autocast
+from varstream.ops.attention_call import Call, check_backward, check_call
 from varstream.reference import attention as reference
 
 
@@ -79,7 +80,7 @@ def varlen_attention(
 
     Source: FlashAttention-2 (Dao, 2023) for tiling and backward; Philox4x32-10 for dropout.
     """
-    q, k, v = autocast_cast(q, k, v)
+    q, k, v = cast_for_autocast(q, k, v)
     call = check_call(
         q,
         k,
@@ -126,7 +127,7 @@ def _options(call: Call) -> reference.Options:
 
 def _guard(q: Tensor, k: Tensor, v: Tensor, call: Call, *backward: Any) -> None:
     """The op's own checks: what the public call has checked already, a direct call has not."""
-    try:
+    with op_errors("varlen_attention"):
         arguments = call._asdict()
         window = arguments.pop("window_left"), arguments.pop("window_right")
         check_call(q, k, v, window=window, **arguments)
@@ -135,8 +136,6 @@ def _guard(q: Tensor, k: Tensor, v: Tensor, call: Call, *backward: Any) -> None:
         if backward:
             dout, out, lse, dlse, *buffers = backward
             check_backward(dout, q, k, v, out, lse, dlse, call.sinks, *buffers)
-    except (TypeError, ValueError) as error:
-        raise RuntimeError(f"varstream::varlen_attention: {error}") from None
 
 
 @_load.composed_kernel("varlen_attention")

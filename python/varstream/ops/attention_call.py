@@ -209,15 +209,6 @@ def _check_window(window: Any) -> tuple[int, int]:
     return check_int("window[0]", window[0], low=-1), check_int("window[1]", window[1], low=-1)
 
 
-def autocast_cast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to the autocast dtype if autocast is on, as it does for torch's own attention."""
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t.to(dtype) if t.dtype != torch.float64 else t for t in tensors)
-
-
 # --- backward -------------------------------------------------------------------------------------
 
 

@@ -1,24 +1,75 @@
-"""``linear_cross_entropy``: the public call, and its op's kernel, fake and autograd formula.
-
-The op returns the summed loss together with the gradients of that sum, so its backward only
-multiplies them by the upstream scalar, which carries the normaliser and any loss scale.
-"""
+"""``linear_cross_entropy``: the public call, its reductions and metrics."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from varstream import _load
-from varstream._checks import acc_dtype, check_float, values_visible
-from varstream.ops._head import HeadCall, OnceOnly, check_head, direct_call, may_overwrite
-from varstream.ops.token_logprobs import gradient_fakes, logprobs
-from varstream.reference import cross_entropy as reference
+from varstream._checks import check_bool, check_float, check_normalizer
+from varstream.ops._cross_entropy_terms import Terms, terms_of
+from varstream.ops._head import HeadCall, check_constant, check_head, check_reduction
+from varstream.ops._head_options import chunk_size_from_options
+from varstream.ops._linear_cross_entropy import loss_sum
+from varstream.ops._token_logprobs import row_values
+from varstream.reference.cross_entropy import Scales
+from varstream.reference.token_logprobs import Wanted
 
-NAME = "linear_cross_entropy"
-REDUCTIONS = ("mean", "sum", "none")
+
+class CrossEntropyMetrics(NamedTuple):
+    """What ``linear_cross_entropy`` returns beside the loss; nothing here is differentiable."""
+
+    z_loss: Tensor  # () acc dtype, the z term included in the loss (its sum for "none")
+    accuracy: Tensor  # () acc dtype, share of valid targets that are the argmax of their row
+    argmax: Tensor  # (N,) int64, -1 at ignored rows
+    logp: Tensor  # like target, acc dtype, log p(target), 0 where ignored
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    reduction: str = ...,
+    ignore_index: int | None = ...,
+    label_smoothing: float = ...,
+    logit_scale: float = ...,
+    softcap: float = ...,
+    temperature: float = ...,
+    z_loss: float = ...,
+    token_weight: Tensor | None = ...,
+    normalizer: int | float | Tensor | None = ...,
+    options: Any = ...,
+    chunk_size: int | None = ...,
+    return_metrics: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ...,
+    reduction: str = ...,
+    ignore_index: int | None = ...,
+    label_smoothing: float = ...,
+    logit_scale: float = ...,
+    softcap: float = ...,
+    temperature: float = ...,
+    z_loss: float = ...,
+    token_weight: Tensor | None = ...,
+    normalizer: int | float | Tensor | None = ...,
+    options: Any = ...,
+    chunk_size: int | None = ...,
+    return_metrics: Literal[True],
+) -> tuple[Tensor, CrossEntropyMetrics]: ...
 
 
 def linear_cross_entropy(
@@ -29,7 +80,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float = 0.0,
@@ -39,169 +90,165 @@ def linear_cross_entropy(
     normalizer: int | float | Tensor | None = None,
     options: Any = None,
     chunk_size: int | None = None,
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
     """Cross-entropy of a linear layer's output, computed in chunks of rows: no ``(N, V)`` tensor.
 
     ``logits = softcap(logit_scale * (input linear_weight^T + linear_bias)) / temperature`` with
-    ``softcap(z) = softcap * tanh(z / softcap)`` when positive; the loss of a row is
-    ``logsumexp(logits) - logits[target]``.
+    ``softcap(z) = softcap * tanh(z / softcap)`` when positive, ``p = softmax(logits)``. With class
+    weights ``w``, smoothing ``eps`` and V classes the loss of a valid target y is
+
+        l = token_weight * ((1 - eps) w_y (-log p_y) + eps / V sum_c w_c (-log p_c))
+
+    and every row with a valid target adds ``z_loss * logsumexp(logits)^2`` once.
 
     Args:
         input: ``(N, d)`` float64, float32, bfloat16 or float16; any strides, N may be 0.
         linear_weight: ``(V, d)`` in the dtype of ``input``.
-        target: ``(N,)`` int64 or int32, classes in ``[0, V)`` or ``ignore_index``.
-        linear_bias: ``(V,)`` in the dtype of ``input``.
-        weight: class weights; not supported yet.
+        target: ``(N,)`` or ``(N, K)`` int64 or int32, classes in ``[0, V)`` or ``ignore_index``.
+            K targets share the row's logits, which are formed once; duplicates are allowed.
+        linear_bias: ``(V,)`` in the dtype of ``input``; ``-inf`` bans a class.
+        weight: class weights ``(V,)``, floating; no gradient goes to them.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
-        ignore_index: rows with this target take no part: they are never read, add nothing to the
-            loss and have zero gradients.
-        label_smoothing: not supported yet.
+        ignore_index: targets of this value take no part. Rows without another target are never
+            read, add nothing to the loss and have zero gradients. ``None`` means -100 as in torch.
+        label_smoothing: eps in [0, 1]. A class with logit ``-inf`` makes the loss infinite, as in
+            torch, unless its class weight is 0; the gradients stay finite.
         logit_scale: factor on the linear layer's output.
         softcap: bound of the logits, 0 for none.
         temperature: divisor of the logits, above 0.
-        z_loss: not supported yet.
-        token_weight: not supported yet.
-        normalizer: divisor of ``"mean"`` in place of the number of valid rows, such as a count over
-            several micro-batches or ranks: a number, or a tensor of one element on any device,
-            which is not read on the host.
-        options: accepted for the signature of torch's function only; must be ``None``.
+        z_loss: factor of the squared log-sum-exp, not negative.
+        token_weight: factors of the targets' losses in the shape of ``target``, floating, any sign;
+            no gradient goes to them and they change no divisor. Rows whose weights are 0 are
+            skipped where neither ``z_loss`` nor metrics need them.
+        normalizer: divisor of the ``"mean"`` of the losses in place of torch's, such as a count
+            over several micro-batches or ranks: a number, or a tensor of one element on any
+            device, which is not read on the host; no gradient goes to it.
+        options: a ``torch.nn.LinearCrossEntropyOptions``: ``batch_chunk_size`` is the chunk size,
+            ``allow_retain_graph`` is always so; ``acc_policy`` other than "auto" or "accurate", an
+            ``acc_dtype`` other than the accumulation dtype and a ``chunking_method`` are refused.
         chunk_size: rows per chunk. ``None``: 512 on the CPU, 2048 on a GPU, fewer (down to 64)
             where a chunk's logits would pass 256 MiB or 1 GiB. The result doesn't depend on it
             beyond rounding.
+        return_metrics: return ``(loss, CrossEntropyMetrics)``.
 
     Returns:
-        The loss in float32 (float64 for float64 inputs), a scalar or ``(N,)`` for ``"none"``. With
-        every row ignored it is 0 and all gradients are zeros. Gradients of tensors that don't
-        require them are not computed. It can be differentiated once.
+        The loss in float32 (float64 for float64 inputs). ``"mean"``: ``sum(l) / D + z_loss *
+        sum(lse^2) / rows`` with D the sum of ``w_y`` over valid targets (their number without class
+        weights) and ``rows`` the number of rows with a valid target; as in torch it is NaN where
+        that sum of weights is 0. ``"sum"``: no divisors. ``"none"``: the shape of ``target``; the z
+        term of a row stands at its first valid target. With every target ignored the loss is 0 and
+        all gradients are zeros. Gradients of tensors that don't require them are not computed. It
+        can be differentiated once.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: a wrong shape, dtype, device, mixed dtypes, a target outside ``[0, V)``
-            (checked on the CPU always), or a ``normalizer`` without ``reduction="mean"``.
-        NotImplementedError: an argument that isn't supported yet, by name.
+        TypeError: an argument has the wrong type, or is inside a ``torch.func`` transform or dual.
+        ValueError: a wrong shape, dtype, device, mixed dtypes, class probabilities as target, a
+            target outside ``[0, V)`` (checked on the CPU always), class or token weights that
+            require gradients, an ``ignore_index`` that the dtype of ``target`` can't hold, an
+            option that isn't honoured, or a ``normalizer`` without
+            ``reduction="mean"``.
 
-    Source: for ``"mean"`` and ``"sum"`` the gradient is formed in the forward pass, three matrix
-    products as in a plain head; ``"none"`` recomputes the logits in the backward, four.
+    Cost: ``"mean"`` and ``"sum"`` form the gradient in the forward pass, three matrix products as
+    in a plain head; ``"none"`` recomputes the logits in the backward, four. A frozen weight or
+    input saves its product. Class weights, token weights, smoothing, z-loss and several targets
+    take no pass over the logits; a softcap takes some over blocks of rows that stay in the cache,
+    with smoothing two more.
+
+    Source: class weights and smoothing as ``torch.nn.functional.cross_entropy``; the z term of
+    PaLM (Chowdhery et al., 2022).
     """
-    _refuse(weight, label_smoothing, z_loss, token_weight, options)
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_reduction(reduction, normalizer)
     call = check_head(
         input,
         linear_weight,
         target,
         linear_bias=linear_bias,
-        ignore_index=ignore_index,
+        ignore_index=-100 if ignore_index is None else ignore_index,
         logit_scale=logit_scale,
         softcap=softcap,
         temperature=temperature,
         chunk_size=chunk_size,
     )
-    if normalizer is not None:
-        _check_normalizer(normalizer, reduction)
+    chunk_size = chunk_size_from_options(options, chunk_size, call.input.dtype)
+    if chunk_size is not None:
+        call = call._replace(chunk_size=chunk_size)
+    check_bool("return_metrics", return_metrics)
+    terms = terms_of(
+        call,
+        check_constant("weight", weight, call, call.linear_weight.shape[:1], "(V,)"),
+        check_constant("token_weight", token_weight, call, target.shape, "like target"),
+        check_float("label_smoothing", label_smoothing, low=0.0, high=1.0),
+        check_float("z_loss", z_loss, low=0.0),
+    )
     if reduction == "none":
-        return 0.0 - logprobs(call, return_entropy=False)[0]  # not neg: ignored rows are +0
-    loss_sum, count = _loss_sum(call)
-    if reduction == "sum":
-        return loss_sum
-    return loss_sum / _divisor(loss_sum, count, normalizer)
+        loss, metrics = _unreduced(call, terms, return_metrics)
+    else:
+        divisor = _divisor(terms, normalizer) if reduction == "mean" else None
+        loss, metrics = _reduced(call, terms, divisor, return_metrics)
+    return loss if metrics is None else (loss, metrics)
 
 
-# --- checks ---------------------------------------------------------------------------------------
+# --- reductions -----------------------------------------------------------------------------------
 
 
-def _refuse(
-    weight: Any, label_smoothing: Any, z_loss: Any, token_weight: Any, options: Any
-) -> None:
-    given = {
-        "weight": weight is not None,
-        "label_smoothing": check_float("label_smoothing", label_smoothing) != 0.0,
-        "z_loss": check_float("z_loss", z_loss) != 0.0,
-        "token_weight": token_weight is not None,
-        "options": options is not None,
-    }
-    for name, present in given.items():
-        if present:
-            raise NotImplementedError(f"{name} is not supported by linear_cross_entropy yet")
+def _reduced(
+    call: HeadCall, terms: Terms, divisor: Tensor | None, return_metrics: bool
+) -> tuple[Tensor, CrossEntropyMetrics | None]:
+    """The sum, or the mean with its ``divisor`` (); the gradient is formed in the forward."""
+    z_scale = z_factor = None
+    if terms.z_loss != 0:
+        # The whole sum is divided once, so the z term is scaled by divisor / rows beforehand.
+        rows = terms.valid_rows.sum().clamp(min=1)
+        z_factor = torch.full_like(terms.count, terms.z_loss, dtype=terms.acc)
+        z_factor = z_factor if divisor is None else z_factor / rows
+        z_scale = z_factor if divisor is None else z_factor * divisor
+    smooth = terms.smooth
+    if smooth is not None and smooth.dim() == 2:
+        smooth = smooth.sum(1)  # of a row's targets: one sum over the classes serves them all
+    scales = Scales(terms.smoothing_weight, terms.nll, smooth, z_scale)
+    found = loss_sum(call, scales, return_metrics)
+    loss = found.loss_sum if divisor is None else found.loss_sum / divisor
+    if not return_metrics:
+        return loss, None
+    z_term = torch.zeros_like(found.lse_sq_sum) if z_factor is None else found.lse_sq_sum * z_factor
+    return loss, _metrics(call, terms, z_term, found.argmax, found.logp)
 
 
-def _check_normalizer(normalizer: Any, reduction: str) -> None:
-    if reduction != "mean":
-        raise ValueError(f"normalizer needs reduction='mean', got reduction={reduction!r}")
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            shape = tuple(normalizer.shape)
-            raise ValueError(f"normalizer must have one element, got shape {shape}")
-    elif not isinstance(normalizer, torch.SymInt):
-        check_float("normalizer", normalizer, low=0.0)
+def _unreduced(
+    call: HeadCall, terms: Terms, return_metrics: bool
+) -> tuple[Tensor, CrossEntropyMetrics | None]:
+    """Losses in the shape of target; the gradient is recomputed in the backward."""
+    want = Wanted(class_sum=terms.smooth is not None, argmax=return_metrics)
+    values = row_values(call, terms.smoothing_weight, want)
+    if terms.nll is None:
+        loss = 0.0 - values.logp  # not neg: ignored rows are +0
+    else:
+        loss = torch.where(terms.nll == 0, 0.0, -values.logp * terms.nll)
+    if terms.smooth is not None:
+        class_sum = terms.like_target(values.class_sum)
+        loss = loss + torch.where(terms.smooth == 0, 0.0, -class_sum * terms.smooth)
+    z_term = values.lse.square() * terms.z_loss
+    if terms.z_loss != 0:
+        loss = loss + torch.where(terms.first_valid(), terms.like_target(z_term), 0.0)
+    if not return_metrics:
+        return loss, None
+    return loss, _metrics(call, terms, z_term.detach().sum(), values.argmax, values.logp)
 
 
-def _divisor(loss_sum: Tensor, count: Tensor, normalizer: int | float | Tensor | None) -> Tensor:
-    """What the summed loss () is divided by, in its dtype; 1 where no row is valid: 0 stays 0."""
-    if normalizer is None:
-        return count.clamp(min=1)
-    if not isinstance(normalizer, Tensor):
-        normalizer = torch.full_like(loss_sum, normalizer, requires_grad=False)
-    normalizer = normalizer.detach().reshape(()).to(loss_sum)
-    if values_visible(count, normalizer) and int(count) > 0 and not float(normalizer) > 0:
-        raise ValueError(f"normalizer must be above 0, got {float(normalizer)}")
-    return torch.where(count == 0, torch.ones_like(normalizer), normalizer)
+def _metrics(
+    call: HeadCall, terms: Terms, z_term: Tensor, argmax: Tensor, logp: Tensor
+) -> CrossEntropyMetrics:
+    hits = (call.target == terms.like_target(argmax)) & terms.valid
+    accuracy = hits.sum().to(terms.acc) / terms.count.clamp(min=1)
+    return CrossEntropyMetrics(z_term, accuracy, argmax, logp.detach())
 
 
-# --- op -------------------------------------------------------------------------------------------
+# --- the divisor ----------------------------------------------------------------------------------
 
 
-def _loss_sum(call: HeadCall) -> tuple[Tensor, Tensor]:
-    """Summed loss () and number of valid rows (); forms the gradients autograd will ask for."""
-    recording = torch.is_grad_enabled()
-    operands = call.input, call.linear_weight, call.linear_bias
-    needs = (t is not None and recording and t.requires_grad for t in operands)
-    loss_sum, count, *_ = torch.ops.varstream.linear_cross_entropy(*call, *needs)
-    return loss_sum, count
-
-
-@_load.composed_kernel(NAME)
-def _kernel(*args: Any) -> tuple[Tensor, ...]:
-    call = direct_call(NAME, *args[:9])
-    return reference.linear_cross_entropy(
-        call.input, call.head(), call.target, call.ignore_index, call.chunk_size, args[9:]
-    )
-
-
-@_load.fake_kernel(NAME)
-def _fake(*args: Any) -> tuple[Tensor, ...]:
-    call = HeadCall(*args[:9])
-    x, weight = call.input, call.linear_weight
-    return (
-        x.new_empty((), dtype=acc_dtype(x.dtype)),
-        x.new_empty((), dtype=torch.int64),
-        *(gradient_fakes(x, weight, *args[9:])),
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    loss_sum, _, *grads = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*grads)
-    ctx.save_for_backward(loss_sum, *grads)
-    ctx.dtype, ctx.needs = inputs[0].dtype, inputs[-3:]
-
-
-def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    loss_sum, *grads = ctx.saved_tensors
-    dinput, dweight, dbias = (
-        _scaled(grad, upstream, ctx.dtype, loss_sum) if need and upstream is not None else None
-        for need, grad in zip(ctx.needs, grads, strict=True)
-    )
-    return dinput, dweight, dbias, *([None] * 9)
-
-
-def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype, loss_sum: Tensor) -> Tensor:
-    """A finished gradient times the upstream scalar, in place when nobody can ask for it again."""
-    with torch.no_grad():
-        grad = (grad.mul_(upstream) if may_overwrite(grad) else grad * upstream).to(dtype)
-    # Under create_graph=True; loss_sum leads back to the op's inputs without keeping them alive.
-    return OnceOnly.apply(NAME, grad, loss_sum) if torch.is_grad_enabled() else grad
-
-
-_load.autograd(NAME, _setup_context)(_backward)
+def _divisor(terms: Terms, normalizer: int | float | Tensor | None) -> Tensor:
+    """What the summed loss is divided by, () acc dtype; 1 where nothing is valid: 0 stays 0."""
+    if normalizer is not None:
+        return check_normalizer(normalizer, terms.count, terms.count.to(terms.acc))
+    return torch.where(terms.count == 0, 1.0, terms.weight_sum())

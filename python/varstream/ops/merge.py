@@ -14,7 +14,7 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     """Merge partial attention results over disjoint sets of keys into the result over their union.
 
     Args:
-        outs: tensors ``(total_q, Hq, Dv)`` of one floating dtype.
+        outs: list or tuple of tensors ``(total_q, Hq, Dv)`` of one floating dtype.
         lses: their LSE ``(Hq, total_q)``, natural log, float32 (float64 for float64 outs).
 
     Returns:
@@ -24,11 +24,16 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
         anything.
 
     Raises:
-        TypeError, ValueError: the lists are empty or differ in length, or a tensor breaks its
+        TypeError, ValueError: no lists, they are empty or differ in length, or a tensor breaks its
             contract.
 
     Source: ``lse = logsumexp_b lse_b``, ``out = sum_b exp(lse_b - lse) out_b``.
     """
+    for name, given in (("outs", outs), ("lses", lses)):
+        if not isinstance(given, list | tuple):
+            raise TypeError(
+                f"{name} must be a list or tuple of tensors, got {type(given).__name__}"
+            )
     if len(outs) == 0 or len(outs) != len(lses):
         raise ValueError(
             f"outs and lses must be non-empty lists of one length, got {len(outs)} and {len(lses)}"

@@ -15,7 +15,15 @@ from torch import Tensor
 
 import varstream.reference.packing  # noqa: F401  (attaches the CPU kernels)
 from varstream._arrays import int_array
-from varstream._checks import check_bool, check_int, check_tensor, values_visible
+from varstream._checks import (
+    check_bool,
+    check_device,
+    check_int,
+    check_mask_values,
+    check_tensor,
+    is_compiling,
+    values_visible,
+)
 from varstream._load import autograd, fake_kernel
 
 INT32_MAX = 2**31 - 1
@@ -173,8 +181,11 @@ def cu_seqlens(
 
     Raises:
         TypeError: ``lengths`` holds no integers.
-        ValueError: a negative length, more than one dimension, or a total past int32.
+        ValueError: a negative length, more than one dimension, a total past int32, or a device that
+            torch doesn't know or doesn't have here.
     """
+    if device is not None:
+        device = _check_available(device)
     if isinstance(lengths, Tensor):
         counts = check_tensor("lengths", lengths, ndim=1, layout="(B,)")
         if counts.is_floating_point() or counts.is_complex() or counts.dtype == torch.bool:
@@ -189,6 +200,17 @@ def cu_seqlens(
         if float(counts.sum(dtype=torch.float64)) > INT32_MAX:
             raise ValueError(f"lengths must sum to less than 2**31, got {int(counts.sum())}")
     return _running_total(counts if device is None else counts.to(device))
+
+
+def _check_available(device: Any) -> torch.device:
+    """A device on which tensors can be made here."""
+    checked = check_device("device", device)
+    if not is_compiling():
+        try:
+            torch.empty(0, device=checked)
+        except (RuntimeError, AssertionError):  # torch asserts that a backend was compiled in
+            raise ValueError(f"device must be available here, got {str(device)!r}") from None
+    return checked
 
 
 def _running_total(lengths: Tensor) -> Tensor:
@@ -207,13 +229,7 @@ def _bounded_indices(real: Tensor, max_tokens: int) -> Tensor:
 def _check_mask_values(
     mask: Tensor, lengths: Tensor, max_tokens: int | None, max_seqlen: int | None
 ) -> None:
-    if mask.is_floating_point():
-        odd = mask[(mask != 0) & (mask != 1)]
-        if odd.numel():
-            raise ValueError(
-                f"attention_mask of dtype {mask.dtype} must hold 0 and 1, got {odd[0].item()} "
-                "(an additive mask?)"
-            )
+    check_mask_values("attention_mask", mask)
     total, longest = int(lengths.sum()), int(lengths.max()) if lengths.numel() else 0
     if max_tokens is not None and max_tokens < total:
         raise ValueError(f"max_tokens must be at least the {total} real tokens, got {max_tokens}")

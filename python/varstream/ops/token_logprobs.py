@@ -1,18 +1,31 @@
-"""``token_logprobs``: the public call, and its op's kernels, fakes and autograd formula."""
+"""``token_logprobs``: log-probabilities, entropy and statistics of a linear head's rows."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from varstream import _load
-from varstream._checks import acc_dtype, check_bool
-from varstream.ops._head import HeadCall, check_head, direct_call, refuse_second_derivative
-from varstream.reference import cross_entropy as reference
+from varstream._checks import check_bool
+from varstream.ops._head import check_head
+from varstream.ops._token_logprobs import row_values
+from varstream.reference.token_logprobs import Wanted
 
-NAME = "token_logprobs"
+
+class TokenStats(NamedTuple):
+    """What ``token_logprobs`` returns with ``return_stats=True``; acc dtype unless said.
+
+    The first three are differentiable. At ignored rows everything is 0, ``argmax`` -1 and
+    ``is_top1`` False.
+    """
+
+    logp: Tensor  # like target, log p(target)
+    entropy: Tensor  # (N,) -sum_c p_c log p_c
+    lse: Tensor  # (N,) log-sum-exp of the logits
+    log_sum_sq_probs: Tensor  # (N,) log sum_c p_c^2
+    mean_logits: Tensor  # (N,) mean over the classes
+    argmax: Tensor  # (N,) int64
+    is_top1: Tensor  # like target, bool: the target is the argmax
 
 
 def token_logprobs(
@@ -27,38 +40,48 @@ def token_logprobs(
     ignore_index: int = -100,
     chunk_size: int | None = None,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of each row's target under a linear head, without an ``(N, V)`` tensor.
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Tensor] | TokenStats:
+    """Log-probability of each row's targets under a linear head, without an ``(N, V)`` tensor.
 
     ``p = softmax(softcap(logit_scale * (input linear_weight^T + linear_bias)) / temperature)``.
 
     Args:
         input: ``(N, d)`` float64, float32, bfloat16 or float16; any strides, N may be 0.
         linear_weight: ``(V, d)`` in the dtype of ``input``.
-        target: ``(N,)`` int64 or int32, classes in ``[0, V)`` or ``ignore_index``.
-        linear_bias: ``(V,)`` in the dtype of ``input``.
+        target: ``(N,)`` or ``(N, K)`` int64 or int32, classes in ``[0, V)`` or ``ignore_index``.
+            K targets share the row's logits, which are formed once; duplicates are allowed.
+        linear_bias: ``(V,)`` in the dtype of ``input``; ``-inf`` bans a class.
         logit_scale: factor on the linear layer's output.
         softcap: logits become ``softcap * tanh(logits / softcap)`` when positive.
         temperature: divisor of the logits, above 0.
-        ignore_index: rows with this target are never read; their results and gradients are 0.
+        ignore_index: targets of this value have log-probability 0; a row without another target
+            is never read and its results and gradients are 0.
         chunk_size: rows per chunk, by default as in ``linear_cross_entropy``.
         return_entropy: also return the entropy of p.
+        return_stats: return everything in ``TokenStats``.
 
     Returns:
-        ``log p[target]`` ``(N,)`` in float32 (float64 for float64 inputs), natural log, and with
-        ``return_entropy`` the entropy ``-sum p log p`` ``(N,)``. Both are differentiable once, with
-        any upstream gradient; rows whose upstream gradient is 0 cost nothing in the backward.
+        ``log p[target]`` in the shape of ``target`` and float32 (float64 for float64 inputs),
+        natural log; with ``return_entropy`` a tuple of it and the entropy ``-sum p log p``
+        ``(N,)``; with ``return_stats`` a ``TokenStats``. Log-probabilities, entropy and LSE are
+        differentiable once, with any upstream gradient; rows whose upstream gradients are 0 cost
+        nothing in the backward.
 
     Raises:
-        TypeError: an argument has the wrong type.
-        ValueError: a wrong shape, dtype, device, mixed dtypes, or a target outside ``[0, V)``
-            (checked on the CPU always).
-        NotImplementedError: class probabilities as target.
+        TypeError: an argument has the wrong type, or is inside a ``torch.func`` transform or dual.
+        ValueError: a wrong shape, dtype, device, mixed dtypes, class probabilities as target, or a
+            target outside ``[0, V)`` (checked on the CPU always).
 
-    Source: the backward rebuilds the logits chunk by chunk; the entropy's gradient with respect to
-    the logits is ``-p (log p + entropy)``.
+    Cost: four matrix products, one forward and three backward, which rebuilds the logits chunk by
+    chunk; one fewer where the weight is frozen, one fewer where the input is, one in all without
+    gradients. Entropy and statistics take passes over blocks of rows that stay in the cache.
+
+    Source: the entropy's gradient with respect to the logits is ``-p (log p + entropy)``, the
+    LSE's is ``p``.
     """
     check_bool("return_entropy", return_entropy)
+    check_bool("return_stats", return_stats)
     call = check_head(
         input,
         linear_weight,
@@ -70,118 +93,18 @@ def token_logprobs(
         temperature=temperature,
         chunk_size=chunk_size,
     )
-    logp, entropy = logprobs(call, return_entropy)
-    return (logp, entropy) if return_entropy else logp
-
-
-def logprobs(call: HeadCall, return_entropy: bool) -> tuple[Tensor, Tensor]:
-    """The op on checked arguments: log-probabilities (N,), entropy (N,) or empty."""
-    logp, entropy, _ = torch.ops.varstream.token_logprobs(*call, return_entropy)
-    return logp, entropy
-
-
-# --- kernels and fakes ----------------------------------------------------------------------------
-
-
-@_load.composed_kernel(NAME)
-def _kernel(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = direct_call(NAME, *args[:9])
-    return reference.token_logprobs(
-        call.input, call.head(), call.target, call.ignore_index, call.chunk_size, args[9]
+    if not return_stats:
+        values = row_values(call, None, Wanted(entropy=return_entropy))
+        return (values.logp, values.entropy) if return_entropy else values.logp
+    values = row_values(call, None, Wanted(True, True, True, True))
+    row_argmax = values.argmax if target.dim() == 1 else values.argmax[:, None]
+    mean_logp = values.class_sum.detach() / linear_weight.shape[0]
+    return TokenStats(
+        values.logp,
+        values.entropy,
+        values.lse,
+        values.log_sum_sq,
+        mean_logp + values.lse.detach(),
+        values.argmax,
+        (target == row_argmax) & (target != ignore_index),
     )
-
-
-@_load.fake_kernel(NAME)
-def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    x, return_entropy = args[0], args[9]
-    logp = x.new_empty(x.shape[:1], dtype=acc_dtype(x.dtype))
-    return logp, logp.new_empty(x.shape[:1] if return_entropy else (0,)), torch.empty_like(logp)
-
-
-@_load.composed_kernel(f"{NAME}_bwd")
-def _bwd_kernel(
-    dlogp: Tensor, dentropy: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias, target, _, entropy, *scalars = args
-    call = direct_call(f"{NAME}_bwd", x, weight, bias, target, *scalars[:5])
-    for name, given in (("dlogp", dlogp), ("dentropy", dentropy), ("entropy", entropy)):
-        if given is not None and given.shape != x.shape[:1]:
-            raise RuntimeError(
-                f"varstream::{NAME}_bwd: {name} must have shape ({x.shape[0]},), "
-                f"got {tuple(given.shape)}"
-            )
-    return reference.token_logprobs_bwd(
-        dlogp,
-        dentropy,
-        x,
-        call.head(),
-        target,
-        entropy,
-        call.ignore_index,
-        call.chunk_size,
-        tuple(scalars[5:]),
-    )
-
-
-@_load.fake_kernel(f"{NAME}_bwd")
-def _bwd_fake(
-    dlogp: Tensor, dentropy: Tensor | None, x: Tensor, weight: Tensor, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return gradient_fakes(x, weight, *args[-3:])
-
-
-def gradient_fakes(
-    x: Tensor, weight: Tensor, need_input: bool, need_weight: bool, need_bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients as the kernels return them: of the input in its dtype, the others in acc dtype."""
-    acc = acc_dtype(x.dtype)
-    return (
-        x.new_empty(x.shape if need_input else (0,)),
-        x.new_empty(weight.shape if need_weight else (0,), dtype=acc),
-        x.new_empty(weight.shape[:1] if need_bias else (0,), dtype=acc),
-    )
-
-
-# --- autograd -------------------------------------------------------------------------------------
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, target, *scalars, return_entropy = inputs
-    _, entropy, lse = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*((lse,) if return_entropy else (lse, entropy)))
-    ctx.save_for_backward(x, weight, bias, target, lse, entropy)
-    ctx.scalars, ctx.return_entropy = scalars, return_entropy
-
-
-def _backward(
-    ctx: Any, dlogp: Tensor | None, dentropy: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
-    x, weight, bias, target, lse, entropy = ctx.saved_tensors
-    needs = tuple(ctx.needs_input_grad[:3])
-    if (dlogp is None and dentropy is None) or not any(needs):
-        return (None,) * 10
-    if dlogp is None:
-        dlogp = torch.zeros_like(lse)
-    grads = torch.ops.varstream.token_logprobs_bwd(
-        dlogp,
-        dentropy,
-        x,
-        weight,
-        bias,
-        target,
-        lse,
-        entropy if ctx.return_entropy else None,
-        *ctx.scalars,
-        *needs,
-    )
-    wanted = (g.to(x.dtype) if need else None for need, g in zip(needs, grads, strict=True))
-    return *wanted, *([None] * 7)
-
-
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    refuse_second_derivative(NAME)
-
-
-_load.autograd(NAME, _setup_context)(_backward)
-_load.autograd(f"{NAME}_bwd")(_no_second_derivative)

@@ -1,4 +1,4 @@
-"""Building blocks of the chunked head: the projection, the rows that take part, sums of gradients.
+"""Building blocks of the chunked head: the projection, the softmax of a chunk, sums over classes.
 
 ``N`` rows, hidden size ``d``, ``V`` classes, chunks of ``C`` rows. Everything is computed in the
 accumulation dtype, float64 for float64 tensors, else float32, so low-precision weights are widened
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from varstream._checks import acc_dtype
 CHUNK_LIMITS = {"cpu": (512, 256 << 20), "cuda": (2048, 1 << 30)}
 MIN_CHUNK_ROWS = 64
 
-# Elements of one row block of the softcap and entropy passes: their temporaries stay in the cache.
+# Elements of one row block of the softcap, entropy and statistics passes, whose temporaries stay in
+# the cache.
 _BLOCK_ELEMENTS = 1 << 19
 # Elements of one block of the weight: in the logits' product on the CPU, which runs a little faster
 # when that block and its logits stay in the cache, and where a low-precision weight is widened.
@@ -99,136 +101,105 @@ class Head:
             out.addmm_(g[:, start:stop], block, beta=beta, alpha=self.gradient_scale)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows that take part: all ``total`` of them (``index`` None) or an ascending index."""
-
-    index: Tensor | None
-    count: int
-    total: int
-
-    def chunks(self, size: int) -> Iterator[slice | Tensor]:
-        """Cut into pieces of at most ``size`` rows, as even as possible.
-
-        A run of consecutive rows comes as a slice (a view of the input), others as an index.
-        """
-        pieces = -(-self.count // size)
-        for piece in range(pieces):
-            start = self.count * piece // pieces
-            stop = self.count * (piece + 1) // pieces
-            if self.index is None:
-                yield slice(start, stop)
-                continue
-            index = self.index[start:stop]
-            first, last = int(index[0]), int(index[-1])
-            yield slice(first, last + 1) if last - first == stop - start - 1 else index
-
-    def largest_chunk(self, size: int) -> int:
-        """Rows of the largest chunk."""
-        return 0 if self.count == 0 else -(-self.count // -(-self.count // size))
+def _block_rows(z: Tensor) -> int:
+    return max(1, _BLOCK_ELEMENTS // max(1, z.shape[1]))
 
 
-def select_rows(mask: Tensor) -> Rows:
-    """Rows where ``mask`` (N,) holds."""
-    total = mask.shape[0]
-    index = mask.nonzero().view(-1)
-    count = index.shape[0]
-    return Rows(None if count == total else index, count, total)
+def row_slices(z: Tensor, split: bool) -> Iterator[slice]:
+    """Rows of a chunk (C, V): in blocks that fit the cache if ``split``, else all of them."""
+    rows = z.shape[0]
+    size = _block_rows(z) if split else max(1, rows)
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
 
 
-def check_targets(target: Tensor, ignore_index: int, classes: int) -> Tensor:
-    """Refuse classes outside ``[0, V)``; returns the mask (N,) of rows that are not ignored."""
-    valid = target != ignore_index
-    wrong = valid & ((target < 0) | (target >= classes))
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        raise ValueError(
-            f"target must hold classes in [0, {classes}) or ignore_index={ignore_index}, "
-            f"got {int(target[row])} at row {row}"
-        )
-    return valid
+def cap_scratch(z: Tensor, head: Head) -> Tensor:
+    """Room for the logits of one block of ``row_slices`` while its tanh stays; (0, V) uncapped."""
+    size = _block_rows(z) if head.softcap > 0 else 0
+    return z.new_empty((min(size, z.shape[0]), z.shape[1]))
 
 
-def take(values: Tensor, rows: slice | Tensor, dtype: torch.dtype) -> Tensor:
-    """``values[rows]`` in ``dtype``: a view where that is possible."""
-    part = values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
-    return part.to(dtype)
+def logits_of(product: Tensor, head: Head, scratch: Tensor) -> Tensor:
+    """The logits of a block from its product: the same tensor, or with a softcap in ``scratch``."""
+    if head.softcap == 0:
+        return product
+    return torch.mul(product, head.cap_scale, out=scratch[: product.shape[0]])
 
 
-def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split tensors that share their rows so that a block of the first, (C, V), fits the cache."""
-    size = max(1, _BLOCK_ELEMENTS // max(1, tensors[0].shape[1]))
-    return zip(*(t.split(size) for t in tensors), strict=True)
+class Softmax(NamedTuple):
+    """What is left of a block of logits (C, V) once it holds probabilities."""
+
+    gap: Tensor  # (C, K) z_t - max
+    log_sum: Tensor  # (C,) log sum e^(z - max)
+    peak: Tensor  # (C,) max
+    argmax: Tensor | None  # (C,)
+
+    @property
+    def logp(self) -> Tensor:
+        """log p(target), (C, K): never through an LSE rounded at the logits' own magnitude."""
+        return self.gap - self.log_sum[:, None]
+
+    @property
+    def lse(self) -> Tensor:
+        """log sum e^z, (C,)."""
+        return self.peak + self.log_sum
 
 
-def softmax_in_place(z: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Turn logits (C, V) into probabilities in place.
+def softmax_in_place(z: Tensor, target: Tensor, argmax: bool = False) -> Softmax:
+    """Turn logits (C, V) into probabilities in place; ``target`` (C, K).
 
-    Returns ``z_t - max``, ``log sum e^(z - max)`` and ``max``, all (C,). The largest probability is
-    e^0 over the sum, so the sum comes back without a second exponential, and neither term sees the
-    offset of the logits nor an underflow of p_t.
+    The largest probability is e^0 over the sum, so the sum comes back without a second
+    exponential, and neither term of log p sees the offset of the logits nor an underflow of p_t.
     """
-    peak = z.amax(1)
-    gap = z.gather(1, target[:, None]).squeeze(1) - peak
+    peak, index = z.max(1) if argmax else (z.amax(1), None)
+    gap = z.gather(1, target) - peak[:, None]
     if z.device.type == "cpu":
         _softmax_out(z, 1, False, out=z)  # one pass a row, each row read before it is written
     else:
         z.sub_(peak[:, None]).exp_()
         z.div_(z.sum(1, keepdim=True))
-    return gap, z.amax(1).log_().neg_(), peak
+    return Softmax(gap, z.amax(1).log_().neg_(), peak, index)
 
 
-def add_at_target(z: Tensor, target: Tensor, value: Tensor) -> None:
-    """``z[i, target[i]] += value[i]``: one entry a row, hence deterministic."""
-    z.scatter_add_(1, target[:, None], value[:, None])
+class ClassSums:
+    """Sums over all classes: ``sum_c w_c z_c`` of a row, and ``sum_c w_c``.
 
+    Without a softcap the logits are linear in x, so a row's sum is its product with ``W^T w`` (d,):
+    no pass over (C, V). It is formed in float64, because a large common offset of the logits must
+    cancel against the LSE's.
+    """
 
-def capped_gradient_(u: Tensor, g: Tensor) -> None:
-    """``u <- g * (1 - u^2)``: through the softcap, ``u`` its tanh."""
-    u.square_().neg_().add_(1).mul_(g)
-
-
-class Gradients:
-    """Gradients being summed over chunks; those not wanted are empty and skipped."""
-
-    def __init__(self, x: Tensor, head: Head, rows: Rows, needs: tuple[bool, bool, bool]) -> None:
-        need_input, self.need_weight, self.need_bias = needs
-        self.need_input = need_input
+    def __init__(self, head: Head, weight: Tensor | None) -> None:
         self.head = head
-        self.fresh = True
-        # Ignored rows are never written, so only they need the zeros; a first chunk overwrites.
-        dense, width = rows.count == rows.total, head.weight.shape[1]
-        make = x.new_empty if dense else x.new_zeros
-        self.input = make((x.shape[0], width) if need_input else (0,))
-        make = x.new_zeros if rows.count == 0 else x.new_empty
-        self.weight = make(head.weight.shape if self.need_weight else (0,), dtype=head.acc)
-        self.bias = make(head.weight.shape[:1] if self.need_bias else (0,), dtype=head.acc)
+        self.weight = None if weight is None else weight.to(head.acc)  # (V,), all ones if None
+        classes, width = head.weight.shape
+        self.total: float | Tensor = float(classes) if weight is None else weight.double().sum()
+        if head.softcap > 0:
+            return
+        self.columns = torch.zeros(width, dtype=torch.float64, device=head.weight.device)
+        for start, stop, block in head.weight_blocks(True):
+            wide = block.double()
+            part = wide.sum(0) if weight is None else wide.t() @ weight[start:stop].double()
+            self.columns += part
+        self.constant: float | Tensor = 0.0
+        if head.bias is not None:
+            bias = head.bias.double()
+            if weight is not None:  # a banned class (bias -inf) of weight 0 adds nothing
+                bias = torch.where(weight == 0, 0.0, bias * weight.double())
+            self.constant = bias.sum()
 
-    def add(self, rows: slice | Tensor, x: Tensor, g: Tensor, coef: Tensor | None = None) -> None:
-        """Add a chunk: ``x`` (C, d) in acc dtype, ``g`` (C, V), its rows times ``coef`` (C,).
+    def of_rows(self, x: Tensor) -> Tensor:
+        """``sum_c w_c z_c`` (C,) float64 from ``x`` (C, d), where there is no softcap."""
+        return (x.double() @ self.columns + self.constant) * self.head.gradient_scale
 
-        The row factor goes into the narrow operands, which saves a pass over (C, V).
-        """
-        scale = self.head.gradient_scale
-        beta = 0 if self.fresh else 1
-        self.fresh = False
-        if self.need_input:
-            self._input_rows(rows, x, g, coef)
-        if self.need_weight:
-            narrow = x if coef is None else x * coef[:, None]
-            self.weight.addmm_(g.t(), narrow, beta=beta, alpha=scale)
-        if self.need_bias:
-            factor = g.new_ones(g.shape[0]) if coef is None else coef
-            self.bias.addmv_(g.t(), factor, beta=beta, alpha=scale)
+    def of_logits(self, z: Tensor) -> Tensor:
+        """``sum_c w_c z_c`` (C,) float64 from logits (C, V), which a softcap has bounded."""
+        if self.weight is None:
+            return z.sum(1).double()
+        # An output of its own: autocast would round a plain product.
+        return torch.mv(z, self.weight, out=z.new_empty(z.shape[0])).double()
 
-    def _input_rows(self, rows: slice | Tensor, x: Tensor, g: Tensor, coef: Tensor | None) -> None:
-        direct = isinstance(rows, slice) and self.input.dtype == x.dtype
-        part = self.input[rows] if direct else torch.empty_like(x)
-        self.head.input_gradient(g, part)
-        if coef is not None:
-            part.mul_(coef[:, None])
-        if not direct:
-            self.input[rows] = part.to(self.input.dtype)
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.input, self.weight, self.bias
+    def weighted_nll(self, soft: Softmax, sums: Tensor) -> Tensor:
+        """``sum_c w_c (-log p_c)`` (C,) in acc dtype from ``sums``, the rows' ``sum_c w_c z_c``."""
+        offset = soft.peak.double() * self.total - sums
+        return (offset + soft.log_sum.double() * self.total).to(soft.peak.dtype)

@@ -136,6 +136,10 @@ def _check_stock(name: str, module: nn.Module, kind: str) -> None:
             f"{name} is a {type(module).__module__}.{type(module).__qualname__}, "
             f"not a class of transformers.models.{kind}"
         )
+    if "_varstream_head" in module.__dict__:
+        raise UnsupportedModelError(
+            f"{name} has a fused head; call unfuse_head first (a streamed model needs none)"
+        )
     if "forward" in module.__dict__:
         raise UnsupportedModelError(
             f"{name} has a forward set on the instance; call vs.stream first and wrap afterwards"
@@ -169,6 +173,11 @@ def _check_layer(name: str, layer: nn.Module, kind: str) -> None:
     for attribute in (*_PROJECTIONS, "head_dim", "scaling"):
         if not hasattr(attn, attribute):
             raise UnsupportedModelError(f"{name}.self_attn.{attribute} is missing")
+    window = getattr(attn, "sliding_window", None)
+    if window is not None and window < 1:
+        raise UnsupportedModelError(
+            f"{name}.self_attn.sliding_window is {window}; it must be None or at least 1"
+        )
     for part, module in mlp.named_modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
             raise UnsupportedModelError(f"{name}.mlp.{part} is a Dropout with p = {module.p}")

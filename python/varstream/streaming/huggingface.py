@@ -8,7 +8,7 @@ the original forwards run untouched.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,10 @@ from torch import Tensor
 
 from varstream._checks import FLOATING, INTEGERS, check_bool, check_int, check_tensor
 from varstream.ops.linear_cross_entropy import linear_cross_entropy
+from varstream.planner.choose import Job, choose
+from varstream.planner.memory import Step
+from varstream.planner.plan import check_chunk, check_optimizer, require_fit
+from varstream.planner.shapes import describe_parts
 from varstream.streaming.decoder import (
     DecoderLayer,
     Rotary,
@@ -25,7 +29,14 @@ from varstream.streaming.decoder import (
     check_supported,
 )
 from varstream.streaming.layer import run_streamed
-from varstream.streaming.rows import Rows, check_labels, make_rows, shift_labels
+from varstream.streaming.rows import (
+    Rows,
+    check_labels,
+    check_sequence_index,
+    documents_shown,
+    make_rows,
+    shift_labels,
+)
 from varstream.streaming.schedule import Schedule, resolve_chunk_size
 
 IGNORE_INDEX = -100
@@ -38,6 +49,7 @@ _KNOWN = {
     "cu_seq_lens_k",
     "max_length_q",
     "max_length_k",
+    "seq_idx",
 }
 _REFUSED = ("output_attentions", "output_hidden_states", "output_router_logits")
 
@@ -47,8 +59,10 @@ class State:
     """How a module is streamed; hangs on the backbone, its layers and the model while they are."""
 
     chunk_size: int | str
-    head_chunk_size: int | None
+    head_chunk_size: int | str
     reverse: bool
+    memory_budget: int | None
+    optimizer: str
 
 
 @dataclass(frozen=True)
@@ -66,7 +80,9 @@ def stream(
     head_chunk_size: int | str = "auto",
     offload: bool = False,
     memory_budget: int | None = None,
+    *,
     reverse: bool = False,
+    optimizer: str = "adamw",
 ) -> Any:
     """Make a Hugging Face causal language model stream its backward, in place.
 
@@ -83,12 +99,17 @@ def stream(
 
     Args:
         model: a ``LlamaForCausalLM``, ``Qwen2ForCausalLM`` or ``Qwen3ForCausalLM``.
-        chunk_size: rows of a layer chunk, or ``"auto"`` (1024 on the CPU, 4096 on CUDA).
+        chunk_size: rows of a layer chunk, or ``"auto"``, planned for each call from its real
+            tokens: on the CPU 1024, up to 4096 where more rows cost little memory; on CUDA 4096.
         head_chunk_size: rows of a chunk of logits, or ``"auto"``.
-        offload: keeping layer inputs in host memory is not available in this version; must be
-            False.
-        memory_budget: planning chunks for a budget is not available in this version; must be None.
+        offload: keeping layer inputs in host memory; must be False. On the CPU they are there
+            already, on a GPU it is not available in this version.
+        memory_budget: bytes that the whole job may take, as in ``vs.plan_memory``: weights,
+            gradients, optimizer states and the step. Chunks left ``"auto"`` are then made as small
+            as each call's tokens need. A backbone called alone is planned without the head. CPU
+            only in this version.
         reverse: walk each layer's chunks last to first; the result is the same to rounding.
+        optimizer: whose states the budget counts: ``"adamw"``, ``"sgd"`` (no momentum), ``"none"``.
 
     Returns:
         The same model.
@@ -96,21 +117,24 @@ def stream(
     Raises:
         UnsupportedModelError: a ValueError naming the part of the model that isn't understood;
             nothing was changed.
-        TypeError, ValueError: an argument breaks its contract.
+        TypeError, ValueError: an argument breaks its contract. A call whose predicted peak passes
+            ``memory_budget`` with the smallest chunks raises a ValueError before it computes
+            anything.
 
     Source: StreamBP (arXiv 2506.03077) over packed rows, with K and V formed once a layer.
     """
-    resolve_chunk_size(chunk_size, torch.device("cpu"))
-    head_rows = (
-        None if head_chunk_size == "auto" else check_int("head_chunk_size", head_chunk_size, low=1)
-    )
+    check_chunk("chunk_size", chunk_size)
+    check_chunk("head_chunk_size", head_chunk_size)
+    check_optimizer(optimizer)
     if check_bool("offload", offload):
-        raise ValueError("offload=True is not available in this version of varstream; pass False")
-    if memory_budget is not None:
         raise ValueError(
-            "memory_budget is not available in this version of varstream; pass chunk_size"
+            "offload=True is not available in this version of varstream: layer inputs stay on the "
+            "model's device (on the CPU that is host memory already); pass False"
         )
-    state = State(chunk_size, head_rows, check_bool("reverse", reverse))
+    if memory_budget is not None:
+        check_int("memory_budget", memory_budget, low=1)
+    check_bool("reverse", reverse)
+    state = State(chunk_size, head_chunk_size, reverse, memory_budget, optimizer)
     if hasattr(model, _STATE):
         unstream(model)
     check_supported(model)
@@ -187,6 +211,12 @@ def _backbone_forward(
     model."""
     state: State = getattr(self, _STATE)
     if not torch.is_grad_enabled() or use_cache or past_key_values is not None:
+        if use_cache is None and past_key_values is None:
+            attention_mask, position_ids, packed = documents_shown(
+                attention_mask, position_ids, kwargs.get("cu_seq_lens_q")
+            )
+            # With a cache, which is transformers' default, documents would see each other.
+            use_cache = False if packed else None
         return type(self).forward(
             self,
             input_ids=input_ids,
@@ -197,7 +227,7 @@ def _backbone_forward(
             use_cache=use_cache,
             **kwargs,
         )
-    packed_only = kwargs.pop("stream_packed", False)
+    caller = kwargs.pop("stream_model", None)  # a streamed model, which takes packed rows
     return_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
     _check_kwargs(self, kwargs)
     rows = _rows(input_ids, inputs_embeds, attention_mask, position_ids, kwargs)
@@ -206,24 +236,60 @@ def _backbone_forward(
             "attention_mask has masked positions inside a document, which a sliding window counts "
             "as keys; a streamed model can't honour both"
         )
+    chunk, head_chunk = _plan(self, caller, rows, state, inputs_embeds)
     if inputs_embeds is not None:
         x = rows.pack(inputs_embeds)
     else:
         assert input_ids is not None
         x = self.embed_tokens(rows.pack(input_ids))
-    x = _decode(self, x, rows, state)
-    if packed_only:
-        return x, rows
+    x = _decode(self, x, rows, chunk, state.reverse)
+    if caller is not None:
+        return x, rows, head_chunk
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     output = BaseModelOutputWithPast(last_hidden_state=rows.unpack(x))
     return output.to_tuple() if return_dict is False else output
 
 
-def _decode(backbone: Any, x: Tensor, rows: Rows, state: State) -> Tensor:
+def _plan(
+    backbone: Any, model: Any, rows: Rows, state: State, inputs_embeds: Tensor | None
+) -> tuple[int, int | None]:
+    """Rows of a layer chunk and of a head chunk (None: the head's own rule) for this batch.
+
+    ``model`` is None where the backbone was called alone: its head is not in the plan then.
+    """
+    device = rows.positions.device
+    head_rows = None
+    if isinstance(state.head_chunk_size, int):
+        head_rows = min(state.head_chunk_size, max(1, rows.total))  # the operator takes an int64
+    if state.memory_budget is None and (state.chunk_size != "auto" or device.type != "cpu"):
+        return resolve_chunk_size(state.chunk_size, device), head_rows
+    if device.type != "cpu":
+        raise ValueError(
+            f"memory_budget must be None on {device}: this version predicts CPU memory only"
+        )
+    shape = describe_parts(backbone, None if model is None else model.lm_head)
+    if inputs_embeds is not None and inputs_embeds.requires_grad:
+        shape = replace(shape, input_gradient=True)
+    longest = max((b - a for a, b in zip(rows.lengths, rows.lengths[1:], strict=False)), default=0)
+    step = Step(
+        max(1, rows.total),
+        max(1, longest),
+        torch.get_num_threads(),
+        any(p.grad is not None for p in (model or backbone).parameters()),
+        state.reverse,
+        0 if rows.indices is None else rows.batch * rows.seqlen,
+    )
+    job = Job(
+        shape, step, state.optimizer, state.chunk_size, state.head_chunk_size, state.memory_budget
+    )
+    choice = choose(job) if job.budget is None else require_fit(job)
+    return choice.chunk, head_rows or (choice.head_chunk if shape.vocab else None)
+
+
+def _decode(backbone: Any, x: Tensor, rows: Rows, chunk_size: int, reverse: bool) -> Tensor:
     """All layers and the final norm over packed rows x (n, d)."""
-    size = resolve_chunk_size(state.chunk_size, x.device)
-    schedule = Schedule.make(rows.lengths, size, x.device, state.reverse)
+    schedule = Schedule.make(rows.lengths, chunk_size, x.device, reverse)
     cos, sin = backbone.rotary_emb(x[None], rows.positions[None])  # (1, n, D)
     numbers = torch.arange(rows.total, device=x.device)
     call = LayerCall(schedule, numbers, Rotary(cos[0], sin[0]))
@@ -255,7 +321,11 @@ def _rows(
             check_tensor(name, lengths, ndim=1, layout="(B+1,)")
     if (cu is None) != (cu_k is None) or not (cu is cu_k or torch.equal(cu, cu_k)):  # type: ignore[arg-type]
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together and be equal")
-    return make_rows(given.shape[0], given.shape[1], given.device, attention_mask, position_ids, cu)
+    batch, seqlen = given.shape[:2]
+    rows = make_rows(batch, seqlen, given.device, attention_mask, position_ids, cu)
+    if kwargs.get("seq_idx") is not None:
+        check_sequence_index(kwargs["seq_idx"], rows)
+    return rows
 
 
 def _check_kwargs(module: Any, kwargs: dict[str, Any]) -> None:
@@ -288,7 +358,6 @@ def _model_forward(
 ) -> Any:
     """The whole model's forward; with labels the loss comes straight from packed rows, without
     logits."""
-    state: State = getattr(self, _STATE)
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -310,7 +379,7 @@ def _model_forward(
     _check_loss(self)
     check_bypassed("lm_head", self.lm_head)
     return_dict = kwargs.pop("return_dict", getattr(self.config, "return_dict", True))
-    hidden, rows = self.model(**inputs, **kwargs, stream_packed=True)
+    hidden, rows, head_chunk = self.model(**inputs, **kwargs, stream_model=self)
     if targets is None:
         assert labels is not None
         check_labels("labels", labels, rows, hidden.device)
@@ -325,7 +394,7 @@ def _model_forward(
         linear_bias=self.lm_head.bias,
         ignore_index=IGNORE_INDEX,
         normalizer=kwargs.get("num_items_in_batch"),
-        chunk_size=state.head_chunk_size,
+        chunk_size=head_chunk,
     )
     from transformers.modeling_outputs import CausalLMOutputWithPast
 

@@ -8,7 +8,7 @@ kept instead of re-projected per chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varstream._checks import FLOATING, acc_dtype, check_bool, check_cu_seqlens, check_tensor
+from varstream._checks import (
+    FLOATING,
+    INTEGERS,
+    acc_dtype,
+    check_bool,
+    check_cu_seqlens,
+    check_tensor,
+)
+from varstream.ops._autocast import cast_for_autocast
 from varstream.ops.attention import varlen_attention
 from varstream.ops.attention_backward import varlen_attention_backward
-from varstream.ops.attention_call import autocast_cast
 from varstream.streaming.gradients import GradientSums, without_hooks
 from varstream.streaming.schedule import DeviceChunk, Schedule, resolve_chunk_size
 
@@ -39,13 +46,14 @@ class _Work:
     attention: dict[str, Any] = field(default_factory=dict)
 
 
+@torch._disable_dynamo  # the loop over chunks stays outside compiled graphs
 def stream_layer(
     kv: KV,
     rest: Rest,
     x: Tensor,
     cu_seqlens: Tensor,
     *,
-    params: Sequence[Tensor],
+    params: Iterable[Tensor],
     chunk_size: int | str = "auto",
     position_ids: Tensor | None = None,
     causal: bool = True,
@@ -56,17 +64,19 @@ def stream_layer(
 
     ``kv`` and ``rest`` are called on chunks of rows, in the forward without a graph and again in
     the backward with one, so they must be deterministic and act row by row apart from ``attend``.
+    Under ``torch.compile`` the call runs as it is, outside the graph.
 
     Args:
         kv: ``kv(x (c, d), pos (c,)) -> k (c, Hkv, D), v (c, Hkv, Dv)``, positions already applied.
         rest: ``rest(x (c, d), pos (c,), attend) -> y (c, d_out)``, where ``attend(q (c, Hq, D)) ->
-            (c, Hq, Dv)``; it calls ``attend`` at most once.
+            (c, Hq, Dv)``; it may call ``attend`` any number of times.
         x: ``(n, d)`` packed rows.
         cu_seqlens: int32 ``(B+1,)``, the documents' cumulative lengths, ending at n.
-        params: the tensors whose gradients are wanted; gradients of others used inside are not
-            formed.
-        chunk_size: rows of a chunk, or ``"auto"``.
-        position_ids: ``(n,)`` int64; default restarts at 0 in each document.
+        params: the tensors whose gradients are wanted, such as ``layer.parameters()``; gradients
+            of others used inside are not formed.
+        chunk_size: rows of a chunk, or ``"auto"``: 1024 on the CPU, 4096 on CUDA. Nothing is known
+            here of the layer's memory, so nothing is planned.
+        position_ids: ``(n,)`` int64 or int32; default restarts at 0 in each document.
         causal: each row sees its document up to itself. Streaming needs this to be true.
         reverse: walk the chunks last to first; the result is the same to rounding.
         attention_kwargs: ``window``, ``softmax_scale``, ``softcap``, ``alibi_slopes`` (``(Hq,)``)
@@ -76,10 +86,14 @@ def stream_layer(
         y ``(n, d_out)``, differentiable with respect to x and params, once.
 
     Raises:
-        TypeError, ValueError: an argument breaks its contract.
+        TypeError, ValueError: an argument breaks its contract; the message names it. What ``kv``,
+            ``rest`` and ``attend`` are given or return is checked when they run.
 
     Source: StreamBP (arXiv 2506.03077), changed as the module's text says.
     """
+    for name, function in (("kv", kv), ("rest", rest)):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, got {type(function).__name__}")
     check_tensor("x", x, ndim=2, layout="(n, d)")
     check_tensor("x", x, dtypes=FLOATING)
     check_cu_seqlens("cu_seqlens", cu_seqlens, x.shape[0], x.device)
@@ -92,14 +106,18 @@ def stream_layer(
         raise ValueError(
             f"stream_layer can't honour {', '.join(unknown)}; it takes {sorted(allowed)}"
         )
+    if (slopes := attention_kwargs.get("alibi_slopes")) is not None:
+        # A row of slopes for each document would need the documents of each chunk.
+        check_tensor("alibi_slopes", slopes, ndim=1, layout="(Hq,)")
+        check_tensor("alibi_slopes", slopes, dtypes=FLOATING, device=x.device)
     lengths = cu_seqlens.tolist()
     if position_ids is None:
         starts = torch.repeat_interleave(cu_seqlens[:-1], cu_seqlens.diff(), output_size=x.shape[0])
         position_ids = torch.arange(x.shape[0], device=x.device) - starts
     else:
-        check_tensor(
-            "position_ids", position_ids, shape=(x.shape[0],), device=x.device, layout="(n,)"
-        )
+        shape = (x.shape[0],)
+        check_tensor("position_ids", position_ids, shape=shape, device=x.device, layout="(n,)")
+        check_tensor("position_ids", position_ids, dtypes=INTEGERS)
     size = resolve_chunk_size(chunk_size, x.device)
     schedule = Schedule.make(lengths, size, x.device, reverse)
     return run_streamed(kv, rest, x, position_ids, schedule, unique, attention_kwargs)
@@ -107,8 +125,9 @@ def stream_layer(
 
 def _check_params(params: Any) -> list[Tensor]:
     """A list of tensors, each once however often it was named."""
-    if isinstance(params, Tensor) or not isinstance(params, Sequence):
+    if isinstance(params, Tensor | Mapping | str) or not isinstance(params, Iterable):
         raise TypeError(f"params must be a list of tensors, got {type(params).__name__}")
+    params = list(params)  # module.parameters() can be walked once only
     for i, param in enumerate(params):
         check_tensor(f"params[{i}]", param)
     return list({id(p): p for p in params}.values())
@@ -185,6 +204,9 @@ class _Attend(torch.autograd.Function):
 def _attend(
     q: Tensor, keys: _Keys, chunk: DeviceChunk, attention: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
+    slopes = attention.get("alibi_slopes")
+    if slopes is not None and isinstance(q, Tensor) and q.dim() == 3:
+        check_tensor("alibi_slopes", slopes, shape=q.shape[1:2], layout="(Hq,)")
     return varlen_attention(  # type: ignore[return-value]
         q,
         keys.k[chunk.keys],
@@ -256,8 +278,15 @@ def _check_rows(name: str, part: Tensor, rows: slice) -> None:
     """What the user's functions return must have a row for each row they were given."""
     count = rows.stop - rows.start
     if not isinstance(part, Tensor) or part.dim() < 2 or part.shape[0] != count:
-        got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
-        raise ValueError(f"{name} must have the chunk's {count} rows, got {got}")
+        raise ValueError(f"{name} must have the chunk's {count} rows, got {_kind(part)}")
+
+
+def _kind(value: Any) -> str:
+    """What a user's function returned, for a message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    size = f" of {len(value)}" if isinstance(value, tuple | list) else ""
+    return f"{type(value).__name__}{size}"
 
 
 def _forward_attend(keys: _Keys | None, chunk: DeviceChunk, attention: dict[str, Any]) -> Attend:
@@ -274,7 +303,10 @@ def _project(work: _Work, x: Tensor) -> _Keys | None:
         return None
     keys = None
     for chunk in work.schedule.chunks:
-        k, v = autocast_cast(*work.kv(x[chunk.rows], work.positions[chunk.rows]))
+        pair = work.kv(x[chunk.rows], work.positions[chunk.rows])
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"kv must return the pair (k, v), got {_kind(pair)}")
+        k, v = cast_for_autocast(*pair)
         _check_rows("kv's k", k, chunk.rows)
         _check_rows("kv's v", v, chunk.rows)
         if keys is None:
@@ -300,7 +332,7 @@ def _backward_rest(
     anchor = torch.zeros((), device=x.device, requires_grad=True)
 
     def attend(q: Tensor) -> Tensor:
-        return _Attend.apply(*autocast_cast(q), anchor, keys, chunk, work.attention)
+        return _Attend.apply(*cast_for_autocast(q), anchor, keys, chunk, work.attention)
 
     with torch.enable_grad():
         part = x[rows].detach().requires_grad_(dx is not None)

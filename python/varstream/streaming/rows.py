@@ -129,6 +129,43 @@ def _masked_rows(batch: int, seqlen: int, attention_mask: Any, positions: Tensor
     return Rows(batch, seqlen, indices, lengths, positions.flatten()[indices], gaps)
 
 
+def documents_shown(
+    attention_mask: Any, position_ids: Tensor | None, cu_seq_lens: Tensor | None
+) -> tuple[Any, Tensor | None, bool]:
+    """Mask and position ids from which transformers' own forward sees packed documents, and whether
+    there are any.
+
+    It looks for them in ``position_ids`` alone, and only without a mask and without a cache.
+    """
+    if cu_seq_lens is not None:
+        if attention_mask is not None and bool((attention_mask != 0).all()):
+            attention_mask = None
+        if position_ids is None:
+            cu = cu_seq_lens.long()
+            starts = torch.repeat_interleave(cu[:-1], cu.diff())
+            position_ids = (torch.arange(len(starts), device=cu.device) - starts)[None]
+    if attention_mask is not None or position_ids is None:
+        return attention_mask, position_ids, False
+    return attention_mask, position_ids, bool((position_ids.diff(dim=-1) != 1).any())
+
+
+def check_sequence_index(seq_idx: Any, rows: Rows) -> None:
+    """``seq_idx`` (B, S) numbers the documents, as some collators add for recurrent layers; it must
+    say what the rows say."""
+    shape = (rows.batch, rows.seqlen)
+    check_tensor("seq_idx", seq_idx, shape=shape, dtypes=INTEGERS, layout="(B, S)")
+    index = rows.pack(seq_idx.long()[..., None]).flatten()
+    begins = torch.zeros(rows.total, dtype=torch.bool, device=index.device)
+    edges = [n for n in rows.lengths if n < rows.total]
+    begins[torch.tensor(edges, dtype=torch.int64, device=index.device)] = True
+    changes = index.diff() != 0
+    columns = torch.arange(rows.batch * rows.seqlen, device=index.device) % rows.seqlen
+    first = columns if rows.indices is None else columns[rows.indices]
+    new_row = first[1:] < first[:-1] + 1  # a new row of the batch may keep the number
+    if bool((changes & ~begins[1:]).any()) or bool((begins[1:] & ~changes & ~new_row).any()):
+        raise ValueError("seq_idx must change where documents begin, and nowhere else")
+
+
 def check_labels(name: str, labels: Any, rows: Rows, device: torch.device) -> None:
     """Labels must be integers (B, S) on the model's device."""
     shape = (rows.batch, rows.seqlen)

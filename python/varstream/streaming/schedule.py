@@ -9,21 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varstream.planner.choose import CPU_CHUNK
+from varstream.planner.plan import check_chunk
 from varstream.streaming.chunks import Chunk, plan_chunks
 
-CPU_CHUNK, CUDA_CHUNK = 1024, 4096
+CUDA_CHUNK = 4096
 
 
 def resolve_chunk_size(chunk_size: int | str, device: torch.device) -> int:
-    """Rows of a layer chunk; ``"auto"`` is 1024 on the CPU, 4096 on CUDA, enough rows for
-    full-speed GEMMs."""
-    if chunk_size == "auto":
-        return CUDA_CHUNK if device.type == "cuda" else CPU_CHUNK
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int):
-        raise TypeError(f'chunk_size must be an int or "auto", got {chunk_size!r}')
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-    return chunk_size
+    """Rows of a layer chunk where nothing is known of the model; ``"auto"`` is 1024 on the CPU,
+    4096 on CUDA, enough rows for full-speed GEMMs."""
+    check_chunk("chunk_size", chunk_size)
+    if isinstance(chunk_size, int):
+        return chunk_size
+    return CUDA_CHUNK if device.type == "cuda" else CPU_CHUNK
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,7 @@ def flash_attn_varlen_func(
         cu_seqlens_k: the same for k and v.
         max_seqlen_q: upper bound of the query lengths.
         max_seqlen_k: upper bound of the key lengths.
-        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
-            return_attn_probs: as in ``flash_attn_func``.
+        dropout_p: this and the keywords up to ``return_attn_probs`` as in ``flash_attn_func``.
         block_table: paged keys and values are not supported; must be None.
 
     Returns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varstream._checks import check_int, check_tensor, values_visible
+from varstream._checks import INTEGERS, check_int, check_mask_values, check_tensor, values_visible
 from varstream.ops.packing import pack
 
 
@@ -16,8 +16,9 @@ def unpad_input(
 
     Args:
         hidden_states: ``(B, S, ...)``.
-        attention_mask: ``(B, S)``, bool or integer; nonzero marks a token in use.
-        unused_mask: ``(B, S)``, bool or integer; nonzero marks a token to keep that isn't in use
+        attention_mask: ``(B, S)``, bool, integer, or floating 0 and 1; nonzero marks a token in
+            use.
+        unused_mask: ``(B, S)``, of such a dtype; nonzero marks a token to keep that isn't in use
             (what ``seqused`` then leaves out). Must not mark a token of ``attention_mask``.
 
     Returns:
@@ -37,6 +38,9 @@ def unpad_input(
         shape, device = attention_mask.shape, attention_mask.device
         check_tensor("unused_mask", unused_mask, shape=shape, device=device, layout="(B, S)")
         spare = unused_mask != 0
+        if values_visible(used, spare):
+            check_mask_values("attention_mask", attention_mask)
+            check_mask_values("unused_mask", unused_mask)
         if values_visible(used, spare) and bool((used & spare).any()):
             at = tuple((used & spare).nonzero()[0].tolist())
             raise ValueError(
@@ -53,13 +57,14 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
     Args:
         hidden_states: ``(total, ...)``.
-        indices: int64 ``(total,)``, from ``unpad_input``; each names its own row.
+        indices: int64 or int32 ``(total,)``, from ``unpad_input``; each names its own row.
         batch: B of the result.
         seqlen: S of the result.
 
     Raises:
         TypeError, ValueError: an argument breaks its contract; the message names it.
     """
+    check_tensor("hidden_states", hidden_states)
     check_int("batch", batch, low=0)
     check_int("seqlen", seqlen, low=0)
     rows = index_put_first_axis(hidden_states, indices, batch * seqlen)
@@ -67,7 +72,7 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
-    """Rows ``indices`` int64 ``(n,)`` of ``input`` ``(rows, ...)``: ``(n, ...)``, differentiable.
+    """Rows ``indices`` ``(n,)`` of ``input`` ``(rows, ...)``: ``(n, ...)``, differentiable.
 
     Raises:
         TypeError, ValueError: an argument breaks its contract; the message names it.
@@ -75,12 +80,12 @@ def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     check_tensor("input", input)
     if input.dim() < 1:
         raise ValueError("input must have at least 1 dimension (rows, ...), got shape ()")
-    _check_indices(indices, None, input.shape[0], input.device)
+    indices = _check_indices(indices, None, input.shape[0], input.device)
     return input.index_select(0, indices)
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
-    """Zeros ``(first_axis_dim, ...)`` whose rows ``indices`` int64 ``(n,)`` are ``values``
+    """Zeros ``(first_axis_dim, ...)`` whose rows ``indices`` ``(n,)`` are ``values``
     ``(n, ...)``; differentiable.
 
     Raises:
@@ -90,15 +95,16 @@ def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -
     if values.dim() < 1:
         raise ValueError("values must have at least 1 dimension (n, ...), got shape ()")
     check_int("first_axis_dim", first_axis_dim, low=0)
-    _check_indices(indices, values.shape[0], first_axis_dim, values.device)
+    indices = _check_indices(indices, values.shape[0], first_axis_dim, values.device)
     return torch.ops.varstream.unpack(values, indices, first_axis_dim, 0.0)
 
 
-def _check_indices(indices: Tensor, count: int | None, rows: int, device: torch.device) -> None:
-    check_tensor("indices", indices, shape=(count,), dtypes=(torch.int64,), device=device)
+def _check_indices(indices: Tensor, count: int | None, rows: int, device: torch.device) -> Tensor:
+    check_tensor("indices", indices, shape=(count,), dtypes=INTEGERS, device=device)
     if values_visible(indices) and indices.numel():
         low, high = (int(value) for value in torch.aminmax(indices))
         if low < 0 or high >= rows:
             raise ValueError(
                 f"indices must name rows from 0 to {rows - 1}, got {low if low < 0 else high}"
             )
+    return indices.to(torch.int64)

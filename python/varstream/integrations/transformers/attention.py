@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varstream._checks import INTEGERS, check_int, check_tensor
+from varstream._checks import INTEGERS, check_int, check_mask_values, check_tensor
 from varstream.integrations.transformers.masks import (
     ELSEWHERE,
     Pattern,
     RowMask,
     rows_of_padding,
+    split_at_restarts,
 )
 from varstream.ops.attention import varlen_attention
 
@@ -72,6 +73,8 @@ def varstream_attention(
         cu_seq_lens_q, cu_seq_lens_k: ``(n+1,)`` cumulative lengths of documents in the flattened
             batch, as ``DataCollatorWithFlattening`` gives them.
         max_length_q, max_length_k: their longest lengths.
+        kwargs: ``position_ids`` (B, S) that restart tell documents of a causal batch that came
+            without any mask; the rest of what models pass down is not for attention.
 
     Returns:
         out ``(B, Sq, H, Dv)``, zero at padding, and None for the weights, which are never formed.
@@ -102,6 +105,9 @@ def varstream_attention(
         rows = _with_lengths(rows, cu_seq_lens_q, cu_seq_lens_k)
         max_q = _length("max_length_q", max_length_q)
         max_k = _length("max_length_k", max_length_k)
+    elif rows.positions_decide:
+        rows = split_at_restarts(rows, kwargs.get("position_ids"))
+        max_q, max_k = rows.max_seqlen_q, rows.max_seqlen_k
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     out = varlen_attention(
@@ -171,8 +177,9 @@ def _rows_without_mask_function(
                 f"got {type(attention_mask).__name__} of shape {shape}; {ELSEWHERE}"
             )
         check_tensor("attention_mask", attention_mask, shape=(batch, kv_length), layout="(B, Sk)")
+        check_mask_values("attention_mask", attention_mask)
         padding = attention_mask != 0
-    return rows_of_padding(
+    rows = rows_of_padding(
         pattern,
         batch,
         q_length,
@@ -181,6 +188,8 @@ def _rows_without_mask_function(
         start=kv_length - q_length if causal else None,
         device=query.device,
     )
+    decide = bool(causal) and attention_mask is None and q_length == kv_length
+    return replace(rows, positions_decide=decide)
 
 
 def _with_lengths(rows: RowMask, cu_q: Tensor | None, cu_k: Tensor | None) -> RowMask:

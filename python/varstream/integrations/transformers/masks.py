@@ -9,12 +9,14 @@ by name, so nothing that a model asks for is dropped.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import masking_utils
+
+from varstream._checks import check_mask_values
 
 ELSEWHERE = 'use attn_implementation="sdpa" or "eager" for it'
 
@@ -31,6 +33,9 @@ class RowMask:
         indices_q, indices_k: int64, rows of the flattened (batch, length) that are real; None for
             all of them.
         batch, q_length, kv_length: sizes of the padded batch that this mask is for.
+        positions_decide: nothing was said of padding or documents, so that position ids, should
+            they restart, are the documents' (see ``split_at_restarts``).
+        memo: what ``split_at_restarts`` found for the position ids of this forward.
     """
 
     causal: bool
@@ -44,6 +49,8 @@ class RowMask:
     batch: int
     q_length: int
     kv_length: int
+    positions_decide: bool = False
+    memo: list[tuple[Tensor, RowMask]] = field(default_factory=list)
 
     # The four names by which generate (with a static cache) and accelerate treat it as a mask.
     ndim = 4
@@ -56,13 +63,13 @@ class RowMask:
         return self
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> RowMask:
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        values = ((entry.name, getattr(self, entry.name)) for entry in fields(self))
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in values
             if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, memo=[], **moved)
 
 
 class Pattern(NamedTuple):
@@ -124,16 +131,19 @@ def varstream_mask(
         return rows_of_documents(pattern)
     padding = None
     if attention_mask is not None:
+        check_mask_values("attention_mask", attention_mask)
         padding = _keys_of(attention_mask != 0, kv_length, kv_offset)
     start = q_offset - kv_offset
     if not pattern.causal:
-        if isinstance(start, Tensor):
-            raise ValueError(
-                "a static cache must have a causal mask, got a bidirectional one, "
-                "which would show slots that hold nothing yet"
-            )
         # Queries of a cross-attention have other padding than the keys, even at equal lengths.
-        own = q_length == kv_length and not _may_cross_attend(config)
+        crossed = _may_cross_attend(config)
+        own = not crossed and q_length == kv_length
+        unfilled = isinstance(start, Tensor) or not (crossed or start + q_length == kv_length)
+        if unfilled and padding is None:
+            raise ValueError(
+                f"a bidirectional mask over {kv_length} keys must come with an attention_mask when "
+                "a static cache holds slots that are not filled yet, got None"
+            )
         return rows_of_padding(
             pattern, batch_size, q_length, kv_length, padding, own=own, device=device
         )
@@ -143,9 +153,10 @@ def varstream_mask(
             f"attention_mask must cover all {known} tokens, those in the cache included, "
             f"got shape {tuple(attention_mask.shape)}"
         )
-    return rows_of_padding(
+    rows = rows_of_padding(
         pattern, batch_size, q_length, kv_length, padding, start=start, device=device
     )
+    return replace(rows, positions_decide=attention_mask is None and q_length == kv_length)
 
 
 # --- reading transformers' mask functions ---------------------------------------------------------
@@ -230,6 +241,26 @@ def rows_of_documents(pattern: Pattern) -> RowMask:
     )
 
 
+@torch.compiler.disable(reason="the number of documents is a value in the data")
+def split_at_restarts(rows: RowMask, position_ids: Any) -> RowMask:
+    """The same visibility over the documents that restarting ``position_ids`` (B or 1, S) tell.
+
+    Some models (gpt-oss) don't show their position ids to the mask function, and with a cache
+    transformers doesn't look at them: documents would then see each other.
+    """
+    shapes = (rows.batch, rows.q_length), (1, rows.q_length)
+    if not isinstance(position_ids, Tensor) or tuple(position_ids.shape) not in shapes:
+        return rows
+    for seen, result in rows.memo:
+        if seen is position_ids:
+            return result
+    found = masking_utils.find_packed_sequence_indices(position_ids.expand(rows.batch, -1))
+    pattern = Pattern(rows.causal, rows.window, found)
+    result = rows if found is None else rows_of_documents(pattern)
+    rows.memo.append((position_ids, result))
+    return result
+
+
 def rows_of_padding(
     pattern: Pattern,
     batch: int,
@@ -260,10 +291,11 @@ def rows_of_padding(
     window_hides = any(0 <= side < kv_length - 1 for side in pattern.window)
     if pattern.causal:
         window_hides = 0 <= pattern.window[0] < kv_length - 1
-    elif window_hides and not own:
+    elif window_hides and (q_length != kv_length or (padding is not None and not own)):
         raise ValueError(
-            f"a bidirectional window must belong to self-attention over {kv_length} keys, "
-            f"got {q_length} queries (or a model with cross-attention); {ELSEWHERE}"
+            f"a bidirectional window {pattern.window} must belong to self-attention, "
+            f"got {q_length} queries and {kv_length} keys that may be another sequence's; "
+            f"{ELSEWHERE}"
         )
     if padding is not None and window_hides:
         _check_no_holes(padding, pattern.window)

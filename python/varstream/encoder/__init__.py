@@ -1,0 +1,5 @@
+"""Encoders that run on real tokens only: packed once, every layer on packed rows, unpacked once."""
+
+from varstream.encoder.huggingface import padding_free, restore_padding
+
+__all__ = ["padding_free", "restore_padding"]
