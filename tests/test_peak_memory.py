@@ -1,5 +1,7 @@
 """peak_memory: exact bytes, and what it does where the profiler loses allocations."""
 
+import gc
+
 import pytest
 import torch
 
@@ -18,6 +20,20 @@ def test_bytes_at_the_worst_moment():
 
 def test_nothing_allocated():
     assert peak_memory(lambda: None) == 0
+
+
+def test_garbage_of_before_does_not_hide_memory():
+    def call():
+        x = torch.zeros(1000)
+        gc.collect(0)  # as the interpreter may at any moment
+        junk = [[] for _ in range(5000)]
+        return x, junk
+
+    cycle = [torch.zeros(100_000)]
+    cycle.append(cycle)
+    del cycle
+    assert peak_memory(call) == 4000
+    assert gc.isenabled()
 
 
 def test_lost_allocations_are_noticed_and_the_call_repeated(monkeypatch):

@@ -3,6 +3,7 @@ on CUDA."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -56,10 +57,18 @@ def _allocations(call: Callable[[], Any]) -> list[int] | None:
     """
     # torch's profiler would announce every start and stop on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        torch.empty(_MARKER, dtype=torch.uint8)
-        kept = call()
-        torch.empty(_MARKER, dtype=torch.uint8)
+    # Tensors of earlier cycles, collected during the call, would hide as much of its own memory.
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+            torch.empty(_MARKER, dtype=torch.uint8)
+            kept = call()
+            torch.empty(_MARKER, dtype=torch.uint8)
+    finally:
+        if collecting:
+            gc.enable()
     del kept
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
