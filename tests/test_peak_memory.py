@@ -27,8 +27,9 @@ def test_garbage_of_before_does_not_hide_memory():
         gc.collect()  # as the interpreter may at any moment
         return torch.zeros(1000)
 
-    peak_memory(lambda: None)  # a first profile imports modules, which collects garbage too
-    cycle = [torch.zeros(100_000)]
+    kept = []
+    peak_memory(lambda: kept.append(torch.zeros(100_000)))  # the profiler knows its size from now
+    cycle = [kept.pop()]
     cycle.append(cycle)
     del cycle
     assert peak_memory(call) == 4000

@@ -57,7 +57,8 @@ def _allocations(call: Callable[[], Any]) -> list[int] | None:
     """
     # torch's profiler would announce every start and stop on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    # Tensors of earlier cycles, collected during the call, would hide as much of its own memory.
+    # Tensors made under an earlier profile and collected during the call would hide as much of its
+    # own memory.
     gc.collect()
     collecting = gc.isenabled()
     gc.disable()
