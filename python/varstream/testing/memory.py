@@ -52,8 +52,8 @@ def peak_memory(call: Callable[[], Any], device: torch.device | str = "cpu") -> 
 def _allocations(call: Callable[[], Any]) -> list[int] | None:
     """Bytes allocated (positive) and released during the call, in order.
 
-    None if the profiler lost some, as it now and then does on a busy machine: a marker allocated
-    before the call and one after it must both be there.
+    None if the profiler lost some: a marker allocated before the call and one after it must both be
+    there.
     """
     # torch's profiler would announce every start and stop on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
