@@ -176,8 +176,8 @@ def plan_memory(
         UnsupportedModelError: a ValueError naming the part of the model that isn't understood.
 
     Source: the allocations of ``varstream.streaming`` and ``varstream.reference``, moment by
-    moment; CPU peaks are as predicted to 6 % on the tested
-    shapes, lower with few labels, tiny chunks or partly trained layers; nothing is measured on CUDA.
+    moment; CPU peaks are as predicted to 6 % on the tested shapes, lower with few labels, tiny
+    chunks or partly trained layers; nothing is measured on CUDA.
     """
     if check_device("device", device).type != "cpu":
         raise ValueError(
