@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varstream._checks import INTEGERS, check_cu_seqlens, check_tensor
+from varstream._checks import INTEGERS, check_cu_seqlens, check_mask_values, check_tensor
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,7 @@ def _masked_rows(batch: int, seqlen: int, attention_mask: Any, positions: Tensor
             "a streamed model can't honour masks over pairs of positions"
         )
     real = attention_mask != 0
-    if attention_mask.is_floating_point() and not torch.equal(
-        real.to(attention_mask), attention_mask
-    ):
-        raise ValueError(
-            f"attention_mask of dtype {attention_mask.dtype} must hold 0 and 1 (an additive mask?)"
-        )
+    check_mask_values("attention_mask", attention_mask)
     counts = real.sum(1)
     lengths = [0, *counts.cumsum(0).tolist()]
     if lengths[-1] == batch * seqlen:
