@@ -43,5 +43,10 @@ void launch(Index3 grid,
   }
 }
 
+Schedule& schedule() {
+  static Schedule chosen;
+  return chosen;
+}
+
 }  // namespace emu
 }  // namespace varstream

@@ -16,4 +16,7 @@ void launch(Index3 grid,
             Schedule schedule,
             const std::function<void()>& body);
 
+// The order in which kernels launched through ptx::launch run; whoever tests sets it.
+Schedule& schedule();
+
 }  // namespace varstream::emu

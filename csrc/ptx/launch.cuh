@@ -1,0 +1,59 @@
+// Ring 1. Launching a kernel: on the device, or on the host's emulator with the same arguments.
+//
+// A kernel is a struct with `Params` (plain data), `kThreads`, `kMinBlocks` (per SM, what the
+// compiler limits registers for) and `static void run(const Params&)`, a VARSTREAM_DEVICE function.
+#pragma once
+
+#include <cstddef>
+
+#include "common/macros.h"
+#include "common/thread.h"
+#if defined(VARSTREAM_EMULATED)
+#include "emu/launch.h"
+#else
+#include "common/check_cuda.h"
+#endif
+
+namespace varstream::ptx {
+
+#if !defined(VARSTREAM_EMULATED)
+
+template <typename Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
+    entry(const __grid_constant__ typename Kernel::Params params) {
+  Kernel::run(params);
+}
+
+// Shared memory beyond this must be asked for, kernel by kernel.
+inline constexpr size_t kSharedWithoutAsking = 48 << 10;
+
+#endif
+
+// Runs blocks of Kernel::kThreads threads on stream (a cudaStream_t of the current device; ignored
+// when emulated). Throws std::runtime_error where the launch is refused.
+template <typename Kernel>
+void launch(const char* name,
+            uint32_t blocks,
+            size_t shared_bytes,
+            const typename Kernel::Params& params,
+            void* stream) {
+  if (blocks == 0) return;
+#if defined(VARSTREAM_EMULATED)
+  static_cast<void>(name), static_cast<void>(stream);
+  emu::launch({blocks, 1, 1}, {Kernel::kThreads, 1, 1}, shared_bytes, emu::schedule(), [&] {
+    Kernel::run(params);
+  });
+#else
+  if (shared_bytes > kSharedWithoutAsking) {
+    check_cuda(cudaFuncSetAttribute(entry<Kernel>,
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)),
+               name);
+  }
+  entry<Kernel>
+      <<<blocks, Kernel::kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);
+  check_launch(name);
+#endif
+}
+
+}  // namespace varstream::ptx
