@@ -1,6 +1,7 @@
 #include "emu/async_copy.h"
 
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 
 #include "emu/block.h"
@@ -13,26 +14,35 @@ void copy_async(void* shared, const void* global, int bytes, int valid_bytes) {
     throw std::logic_error(describe(thread()) + ": cp.async of an address not aligned to " +
                            std::to_string(bytes) + " bytes");
   }
+  if (!block().shared().holds(shared, bytes)) {
+    throw std::logic_error(describe(thread()) + ": cp.async to somewhere outside shared memory");
+  }
   SharedMemory::poison(shared, bytes);
-  ++instruction_counts()["cp.async"];
-  thread().open_group.push_back(
+  block().counts().add(Count::kCpAsync);
+  Thread& self = thread();
+  self.copies.push_back(
       {static_cast<uint8_t*>(shared), static_cast<const uint8_t*>(global), bytes, valid_bytes});
+  ++self.open_copies;
 }
 
 void copy_async_commit() {
-  thread().groups.push_back(std::move(thread().open_group));
-  thread().open_group.clear();
+  Thread& self = thread();
+  self.groups.push_back(self.open_copies);
+  self.open_copies = 0;
 }
 
 void copy_async_wait(int newer) {
-  auto& groups = thread().groups;
-  while (int(groups.size()) > newer) {
-    for (const PendingCopy& copy : groups.front()) {
-      if (copy.src_bytes > 0) std::memcpy(copy.dst, copy.src, copy.src_bytes);
-      std::memset(copy.dst + copy.src_bytes, 0, copy.dst_bytes - copy.src_bytes);
-    }
-    groups.erase(groups.begin());
+  Thread& self = thread();
+  const int delivered = int(self.groups.size()) - newer;
+  if (delivered <= 0) return;
+  const auto last = self.groups.begin() + delivered;
+  const auto end = self.copies.begin() + std::accumulate(self.groups.begin(), last, ptrdiff_t{0});
+  for (auto copy = self.copies.begin(); copy != end; ++copy) {
+    if (copy->src_bytes > 0) std::memcpy(copy->dst, copy->src, copy->src_bytes);
+    std::memset(copy->dst + copy->src_bytes, 0, copy->dst_bytes - copy->src_bytes);
   }
+  self.copies.erase(self.copies.begin(), end);
+  self.groups.erase(self.groups.begin(), last);
 }
 
 }  // namespace varstream::emu

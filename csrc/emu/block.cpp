@@ -1,13 +1,16 @@
 #include "emu/block.h"
 
-#include <algorithm>
+#include <atomic>
 #include <stdexcept>
 
 namespace varstream::emu {
 namespace {
 
 thread_local Block* running = nullptr;
-std::map<std::string, int64_t> counters;
+
+constexpr const char* kCountNames[] = {
+    "ldmatrix", "mma", "cp.async", "shuffle", "vote", "barrier", "ldmatrix bank conflicts"};
+std::atomic<int64_t> totals[int(Count::kNumber)];
 
 }  // namespace
 
@@ -20,8 +23,14 @@ Thread& thread() {
   return block().current();
 }
 
-std::map<std::string, int64_t>& instruction_counts() {
-  return counters;
+const std::map<std::string, int64_t> instruction_counts() {
+  std::map<std::string, int64_t> counts;
+  for (int i = 0; i < int(Count::kNumber); ++i) counts[kCountNames[i]] = totals[i];
+  return counts;
+}
+
+void reset_instruction_counts() {
+  for (auto& total : totals) total = 0;
 }
 
 std::string describe(const Thread& thread) {
@@ -39,102 +48,92 @@ void Block::run(Index3 grid,
   grid_ = grid, shape_ = shape, index_ = index, kernel_ = &kernel, schedule_ = schedule;
   const uint64_t number = index.x + uint64_t{grid.x} * (index.y + uint64_t{grid.y} * index.z);
   random_.seed(schedule.seed * 0x9E3779B97F4A7C15u + number);
-  shared_.reset(shared_bytes);
-  live_ = size_t{shape.x} * shape.y * shape.z;
-  while (threads_.size() < live_) threads_.push_back(std::make_unique<Thread>());
-  for (Barrier& barrier : barriers_) barrier = {};
-  collectives_.assign((live_ + kWarpLanes - 1) / kWarpLanes, {});
-  error_ = nullptr;
-  warp_turn_ = thread_turn_ = 0;
-  for (size_t i = 0; i < live_; ++i) {
-    Thread& t = *threads_[i];
-    t.block = this;
-    t.index = {
-        uint32_t(i % shape.x), uint32_t(i / shape.x % shape.y), uint32_t(i / shape.x / shape.y)};
-    t.warp = int(i / kWarpLanes), t.lane = int(i % kWarpLanes);
-    t.waits_for.clear();
-    t.groups.clear(), t.open_group.clear();
-    t.fiber.start(&Block::enter, &t);
-  }
+  prepare(shared_bytes);
   running = this;
-  size_t finished = 0;
-  while (finished < live_ && error_ == nullptr) {
-    current_ = next();
-    if (current_ == nullptr) {
-      running = nullptr;
-      deadlock();
-    }
-    current_->fiber.resume();
-    finished += current_->fiber.finished();
-  }
+  if (live_ > 0) host_.switch_to(next());
   running = nullptr;
+  for (int i = 0; i < int(Count::kNumber); ++i) totals[i] += counts_.of[i];
   if (error_ != nullptr) std::rethrow_exception(error_);
+  if (finished_ < live_) deadlock();
   shared_.check();
 }
 
-// Exceptions can't cross from one stack to another: the scheduler rethrows them.
-void Block::enter(void* argument) {
+void Block::prepare(size_t shared_bytes) {
+  shared_.reset(shared_bytes);
+  live_ = int(shape_.x * shape_.y * shape_.z);
+  finished_ = turn_ = 0;
+  error_ = nullptr;
+  counts_ = {};
+  ready_.fill(live_);
+  for (Barrier& barrier : barriers_) barrier = {};
+  for (Warp& warp : warps_) warp.under_way.clear();
+  while (int(threads_.size()) < live_) threads_.push_back(std::make_unique<Thread>());
+  for (int i = 0; i < live_; ++i) {
+    Thread& t = *threads_[i];
+    t.block = this;
+    t.index = {i % shape_.x, i / shape_.x % shape_.y, i / shape_.x / shape_.y};
+    t.number = i, t.warp = i / kWarpLanes, t.lane = i % kWarpLanes;
+    t.copies.clear(), t.groups.clear(), t.open_copies = 0;
+    t.fiber.start(&Block::enter, &t);
+  }
+}
+
+// Exceptions can't cross from one stack to another: the host's stack rethrows them.
+Fiber& Block::enter(void* argument) {
   auto& t = *static_cast<Thread*>(argument);
+  Block& self = *t.block;
   try {
-    (*t.block->kernel_)();
-    if (!t.groups.empty() || !t.open_group.empty()) {
+    (*self.kernel_)();
+    if (!t.copies.empty()) {
       throw std::logic_error(describe(t) + " ended with asynchronous copies it never waited for");
     }
   } catch (...) {
-    t.block->error_ = std::current_exception();
+    self.error_ = std::current_exception();
   }
+  ++self.finished_;
+  self.ready_.remove(t.warp, t.lane);
+  return self.next();
 }
 
 // --- who runs next ------------------------------------------------------------------------------
 
-Thread* Block::next_in(size_t begin, size_t end, size_t& turn) {
-  for (size_t step = 0; step < end - begin; ++step) {
-    const size_t i = begin + (turn + step) % (end - begin);
-    if (!threads_[i]->runnable()) continue;
-    turn = i - begin + 1;
-    return threads_[i].get();
-  }
-  return nullptr;
-}
-
-Thread* Block::next() {
-  if (schedule_.order == Order::kRoundRobin) return next_in(0, live_, thread_turn_);
-  if (schedule_.order == Order::kRandom) {
-    size_t from = random_() % live_;
-    return next_in(0, live_, from);
-  }
+// The thread to go on with; the host after an error or when no thread can run.
+Fiber& Block::next() {
+  if (error_ != nullptr || ready_.empty()) return host_;
+  if (schedule_.order == Order::kRandom) turn_ = int(random_() % uint64_t(live_));
+  const int number = ready_.next(turn_);
+  if (schedule_.order == Order::kRoundRobin) turn_ = (number + 1) % live_;
   // Stay in one warp until all of it waits or is done.
-  const size_t warps = collectives_.size();
-  for (size_t step = 0; step < warps; ++step) {
-    const size_t warp = (warp_turn_ + step) % warps;
-    const size_t begin = warp * kWarpLanes, end = std::min(live_, begin + kWarpLanes);
-    size_t turn = 0;
-    if (Thread* t = next_in(begin, end, turn)) {
-      warp_turn_ = warp;
-      return t;
-    }
-  }
-  return nullptr;
+  if (schedule_.order == Order::kWarpGreedy) turn_ = number / kWarpLanes * kWarpLanes;
+  current_ = threads_[number].get();
+  return current_->fiber;
 }
 
-void Block::wait(std::string what) {
-  current_->waits_for = std::move(what);
+void Block::wait(Wait until) {
   Thread& self = *current_;
-  self.fiber.pause();
+  self.wait = until;
+  ready_.remove(self.warp, self.lane);
+  Fiber& to = next();
+  if (&to != &self.fiber) self.fiber.switch_to(to);
 }
 
 void Block::deadlock() const {
   std::string text = "deadlock:";
   int told = 0;
-  for (size_t i = 0; i < live_; ++i) {
+  for (int i = 0; i < live_; ++i) {
     const Thread& t = *threads_[i];
     if (t.fiber.finished()) continue;
     // One line for each group of lanes that waits for the same thing.
-    if (i > 0 && threads_[i - 1]->warp == t.warp && threads_[i - 1]->waits_for == t.waits_for) {
+    const Thread* before = i > 0 ? threads_[i - 1].get() : nullptr;
+    if (before != nullptr && !before->fiber.finished() && before->warp == t.warp &&
+        before->wait == t.wait) {
       continue;
     }
     if (++told > 8) throw std::runtime_error(text + "\n  ...");
-    text += "\n  " + describe(t) + " waits for " + t.waits_for;
+    text += "\n  " + describe(t) + " waits for ";
+    text += t.wait.id < 0 ? std::string(t.wait.name) + " of its warp"
+                          : "barrier " + std::to_string(t.wait.id) + ", " +
+                                std::to_string(t.wait.threads) + " threads";
   }
   throw std::runtime_error(text);
 }
@@ -142,9 +141,9 @@ void Block::deadlock() const {
 // --- what threads wait for ----------------------------------------------------------------------
 
 void Block::barrier(int id, int count, bool wait_here) {
-  const int expected = count > 0 ? count : int(live_);
+  const int expected = count > 0 ? count : live_;
   const bool whole = count == 0;
-  if (id < 0 || id >= kNamedBarriers || expected > int(live_) ||
+  if (id < 0 || id >= kNamedBarriers || expected > live_ ||
       (!whole && expected % kWarpLanes != 0)) {
     throw std::logic_error(describe(*current_) + ": barrier " + std::to_string(id) + " of " +
                            std::to_string(expected) + " threads is not one the device has");
@@ -156,13 +155,14 @@ void Block::barrier(int id, int count, bool wait_here) {
                            " was entered with another thread count");
   }
   if (++b.arrived == b.expected) {
-    for (Thread* t : b.waiting) t->waits_for.clear();
+    for (int warp = 0; warp < kMaxWarps; ++warp) ready_.add(warp, b.waiting[warp]);
     b = {};
+    counts_.add(Count::kBarrier);
     return;
   }
   if (!wait_here) return;
-  b.waiting.push_back(current_);
-  wait("barrier " + std::to_string(id) + ", " + std::to_string(expected) + " threads");
+  b.waiting[current_->warp] |= uint32_t{1} << current_->lane;
+  wait({"barrier", id, expected});
 }
 
 void Block::collective(const char* name, uint32_t mask, void* operand, Compute compute) {
@@ -171,25 +171,23 @@ void Block::collective(const char* name, uint32_t mask, void* operand, Compute c
   if ((mask & bit) == 0) {
     throw std::logic_error(describe(self) + ": " + name + " with a mask that leaves the lane out");
   }
-  auto& under_way = collectives_[self.warp];
-  auto c = std::find_if(under_way.begin(), under_way.end(), [&](const Collective& other) {
-    return other.mask == mask;
-  });
-  if (c == under_way.end()) c = under_way.insert(c, {name, mask, 0, compute, {}});
+  Warp& warp = warps_[self.warp];
+  warp.operands[self.lane] = operand;
+  auto c = warp.under_way.begin();
+  while (c != warp.under_way.end() && c->mask != mask) ++c;
+  if (c == warp.under_way.end()) {
+    warp.under_way.push_back({name, compute, mask, 0});
+    c = warp.under_way.end() - 1;
+  }
   if (c->compute != compute) {
     throw std::logic_error(describe(self) + ": " + name + " meets " + c->name +
                            " of other lanes of its warp");
   }
   c->arrived |= bit;
-  c->operands[self.lane] = operand;
-  if (c->arrived != mask) return wait(std::string(name) + " of its warp");
-  const Collective done = *c;
-  under_way.erase(c);
-  const size_t begin = size_t(self.warp) * kWarpLanes;
-  for (int lane = 0; lane < kWarpLanes; ++lane) {
-    if (mask >> lane & 1) threads_[begin + lane]->waits_for.clear();
-  }
-  done.compute(done.operands, mask);
+  if (c->arrived != mask) return wait({name, -1, 0});
+  warp.under_way.erase(c);
+  ready_.add(self.warp, mask);
+  compute(*this, warp.operands, mask);
 }
 
 }  // namespace varstream::emu

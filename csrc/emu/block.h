@@ -8,19 +8,19 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
-#include <map>
 #include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "common/thread.h"
+#include "emu/counts.h"
 #include "emu/fiber.h"
+#include "emu/ready_set.h"
 #include "emu/shared_memory.h"
 
 namespace varstream::emu {
 
-inline constexpr int kWarpLanes = 32;
 inline constexpr int kNamedBarriers = 16;
 
 enum class Order { kWarpGreedy, kRoundRobin, kRandom };
@@ -40,17 +40,28 @@ struct PendingCopy {
   int src_bytes;  // the rest of dst is zeroed
 };
 
+// What a thread waits for: a collective of its warp (id -1) or a barrier.
+struct Wait {
+  const char* name = "";
+  int id = -1;
+  int threads = 0;
+
+  bool operator==(const Wait& o) const {
+    return name == o.name && id == o.id && threads == o.threads;
+  }
+};
+
 struct Thread {
   Fiber fiber;
   Block* block = nullptr;
   Index3 index{};
+  int number = 0;  // within the block
   int warp = 0;
   int lane = 0;
-  std::string waits_for;                         // empty: runnable
-  std::vector<std::vector<PendingCopy>> groups;  // oldest first
-  std::vector<PendingCopy> open_group;
-
-  bool runnable() const { return !fiber.finished() && waits_for.empty(); }
+  Wait wait;                        // until what, if it can't run
+  std::vector<PendingCopy> copies;  // issued and not delivered, oldest first
+  std::vector<size_t> groups;       // copies in each closed group, oldest first
+  size_t open_copies = 0;           // those no group holds yet
 };
 
 class Block {
@@ -68,7 +79,7 @@ class Block {
   // Waits at named barrier id until `count` threads have arrived; 0: the whole block.
   void barrier(int id, int count, bool wait);
 
-  using Compute = void (*)(void* const* operands, uint32_t mask);
+  using Compute = void (*)(Block& block, void* const* operands, uint32_t mask);
   // All lanes of mask bring an operand; the last one computes for all of them.
   void collective(const char* name, uint32_t mask, void* operand, Compute compute);
 
@@ -77,25 +88,30 @@ class Block {
   Index3 shape() const { return shape_; }
   Index3 index() const { return index_; }
   Thread& current() { return *current_; }
+  Counts& counts() { return counts_; }
 
  private:
   struct Barrier {
     int arrived = 0;
     int expected = 0;
-    std::vector<Thread*> waiting;
+    uint32_t waiting[kMaxWarps] = {};  // lanes
   };
+  // One that some lanes have not reached yet. Diverged lanes may be in several.
   struct Collective {
-    const char* name = nullptr;
-    uint32_t mask = 0;
-    uint32_t arrived = 0;
-    Compute compute = nullptr;
-    void* operands[kWarpLanes] = {};
+    const char* name;
+    Compute compute;
+    uint32_t mask;
+    uint32_t arrived;
+  };
+  struct Warp {
+    std::vector<Collective> under_way;
+    void* operands[kWarpLanes];
   };
 
-  static void enter(void* thread);
-  Thread* next();
-  Thread* next_in(size_t begin, size_t end, size_t& turn);
-  void wait(std::string what);
+  static Fiber& enter(void* thread);
+  void prepare(size_t shared_bytes);
+  Fiber& next();
+  void wait(Wait until);
   [[noreturn]] void deadlock() const;
 
   Index3 grid_{}, shape_{}, index_{};
@@ -103,21 +119,22 @@ class Block {
   std::mt19937_64 random_;
   SharedMemory shared_;
   std::vector<std::unique_ptr<Thread>> threads_;
-  size_t live_ = 0;  // threads of this block; more may be kept for their stacks
-  size_t warp_turn_ = 0, thread_turn_ = 0;
+  int live_ = 0;  // threads of this block; more may be kept for their stacks
+  int finished_ = 0;
+  int turn_ = 0;  // the thread where the search for the next one starts
+  ReadySet ready_;
+  Fiber host_;  // whoever launched
   Thread* current_ = nullptr;
   const std::function<void()>* kernel_ = nullptr;
   Barrier barriers_[kNamedBarriers];
-  std::vector<std::vector<Collective>> collectives_;  // under way, by warp
+  Warp warps_[kMaxWarps];
+  Counts counts_;
   std::exception_ptr error_;
 };
 
 // The block and thread that run on this host thread; only while a kernel runs.
 Block& block();
 Thread& thread();
-
-// How often each instruction wrapper ran, over all blocks; whoever reads it clears it.
-std::map<std::string, int64_t>& instruction_counts();
 
 std::string describe(const Thread& thread);
 

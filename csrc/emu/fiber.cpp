@@ -1,4 +1,5 @@
-// Host emulation. The context switch of x86-64 and aarch64 in assembly, ucontext elsewhere.
+// Host emulation. The context switch of x86-64 and aarch64 in assembly; ucontext elsewhere, or
+// where VARSTREAM_PORTABLE_FIBERS is defined.
 #include "emu/fiber.h"
 
 #include <sys/mman.h>
@@ -7,8 +8,11 @@
 #include <new>
 #include <stdexcept>
 
-#if !defined(__x86_64__) && !defined(__aarch64__)
+#if defined(VARSTREAM_PORTABLE_FIBERS) || !(defined(__x86_64__) || defined(__aarch64__))
 #include <ucontext.h>
+#define VARSTREAM_ASSEMBLY 0
+#else
+#define VARSTREAM_ASSEMBLY 1
 #endif
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -21,14 +25,15 @@
 
 namespace varstream::emu {
 
-#if defined(__x86_64__) || defined(__aarch64__)
+#if VARSTREAM_ASSEMBLY
 extern "C" void varstream_emu_switch(void** save, void* load);
 extern "C" void varstream_emu_trampoline();
 #endif
 
-#if defined(__x86_64__)
+#if VARSTREAM_ASSEMBLY && defined(__x86_64__)
 
-// Callee-saved registers and the two floating-point control words go on the old stack.
+// Callee-saved registers go on the old stack. The floating-point control words belong to the host
+// thread: no emulated kernel changes them.
 asm(R"(
 .text
 .globl varstream_emu_switch
@@ -40,14 +45,8 @@ varstream_emu_switch:
   pushq %r13
   pushq %r14
   pushq %r15
-  subq $8, %rsp
-  stmxcsr (%rsp)
-  fnstcw 4(%rsp)
   movq %rsp, (%rdi)
   movq %rsi, %rsp
-  ldmxcsr (%rsp)
-  fldcw 4(%rsp)
-  addq $8, %rsp
   popq %r15
   popq %r14
   popq %r13
@@ -65,7 +64,7 @@ varstream_emu_trampoline:
 .size varstream_emu_trampoline, .-varstream_emu_trampoline
 )");
 
-#elif defined(__aarch64__)
+#elif VARSTREAM_ASSEMBLY
 
 asm(R"(
 .text
@@ -112,17 +111,17 @@ varstream_emu_trampoline:
 
 namespace {
 
-#if defined(__x86_64__) || defined(__aarch64__)
+#if VARSTREAM_ASSEMBLY
 
 void switch_stack(void** save, void* load) {
   varstream_emu_switch(save, load);
 }
 
 // A stack that, when switched to, calls enter(self).
-void* first_frame(uint8_t* top, void (*enter)(Fiber*), Fiber* self) {
-  auto* words = reinterpret_cast<uint64_t*>(top);
+void* first_frame(uint8_t* bottom, size_t bytes, void (*enter)(Fiber*), Fiber* self) {
+  auto* words = reinterpret_cast<uint64_t*>(bottom + bytes);
 #if defined(__x86_64__)
-  // From the top: alignment, return address, rbp, rbx, r12, r13, r14, r15, control words.
+  // From the top: alignment, return address, rbp, rbx, r12, r13, r14, r15.
   words -= 2;
   *--words = reinterpret_cast<uint64_t>(&varstream_emu_trampoline);
   *--words = 0;
@@ -131,11 +130,6 @@ void* first_frame(uint8_t* top, void (*enter)(Fiber*), Fiber* self) {
   *--words = reinterpret_cast<uint64_t>(enter);
   *--words = 0;
   *--words = 0;
-  uint32_t mxcsr;
-  uint16_t x87;
-  asm volatile("stmxcsr %0" : "=m"(mxcsr));
-  asm volatile("fnstcw %0" : "=m"(x87));
-  *--words = mxcsr | uint64_t{x87} << 32;
 #else
   words -= 20;
   for (int i = 0; i < 20; ++i) words[i] = 0;
@@ -164,12 +158,12 @@ void portable_enter(unsigned high, unsigned low, unsigned fn_high, unsigned fn_l
   enter(self);
 }
 
-void* first_frame(uint8_t* top, void (*enter)(Fiber*), Fiber* self) {
+void* first_frame(uint8_t* bottom, size_t bytes, void (*enter)(Fiber*), Fiber* self) {
   constexpr size_t kFrameBytes = (sizeof(Saved) + 63) / 64 * 64;
-  auto* saved = new (top - kFrameBytes) Saved;
+  auto* saved = new (bottom + bytes - kFrameBytes) Saved;
   getcontext(&saved->context);
-  saved->context.uc_stack.ss_sp = top - kFiberStackBytes;
-  saved->context.uc_stack.ss_size = kFiberStackBytes - kFrameBytes;
+  saved->context.uc_stack.ss_sp = bottom;
+  saved->context.uc_stack.ss_size = bytes - kFrameBytes;
   saved->context.uc_link = nullptr;
   const auto s = reinterpret_cast<uint64_t>(self), e = reinterpret_cast<uint64_t>(enter);
   makecontext(&saved->context,
@@ -184,6 +178,12 @@ void* first_frame(uint8_t* top, void (*enter)(Fiber*), Fiber* self) {
 
 #endif
 
+// Stacks are a page apart: without an offset of their own, the same variable of all threads of a
+// warp would fall into one set of the host's first-level cache.
+constexpr size_t kColours = 16, kColourBytes = 192;
+
+constexpr size_t kOutermostBytes = 8 << 10;
+
 size_t page_bytes() {
   static const auto bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   return bytes;
@@ -192,7 +192,11 @@ size_t page_bytes() {
 }  // namespace
 
 Fiber::~Fiber() {
-  if (stack_ != nullptr) munmap(stack_, kFiberStackBytes + page_bytes());
+  if (stack_ == nullptr) return;
+#if VARSTREAM_ASAN
+  __asan_unpoison_memory_region(bottom_, bytes_);  // whoever maps these pages next
+#endif
+  munmap(stack_, kFiberStackBytes + page_bytes());
 }
 
 void Fiber::start(Entry entry, void* argument) {
@@ -203,47 +207,46 @@ void Fiber::start(Entry entry, void* argument) {
     if (memory == MAP_FAILED) throw std::bad_alloc();
     stack_ = static_cast<uint8_t*>(memory);
     mprotect(stack_, page_bytes(), PROT_NONE);  // an overflow faults instead of corrupting
+    bottom_ = stack_ + page_bytes();
+    bytes_ = kFiberStackBytes;
+    static thread_local size_t made = 0;
+    first_byte_ = kFiberStackBytes - made++ % kColours * kColourBytes;
   }
 #if VARSTREAM_ASAN
-  // Frames of a fiber that was abandoned after an error left their marks.
-  __asan_unpoison_memory_region(stack_ + page_bytes(), kFiberStackBytes);
+  // Frames that were never returned from left their marks: the outermost ones of a fiber that
+  // finished, all of one that was abandoned after an error.
+  const size_t marked = finished_ ? kOutermostBytes : bytes_;
+  __asan_unpoison_memory_region(stack_ + page_bytes() + bytes_ - marked, marked);
 #endif
   entry_ = entry;
   argument_ = argument;
   finished_ = false;
-  own_ = first_frame(stack_ + page_bytes() + kFiberStackBytes, &Fiber::enter, this);
+  own_ = first_frame(stack_ + page_bytes(), first_byte_, &Fiber::enter, this);
 }
 
-void Fiber::resume() {
-#if VARSTREAM_ASAN
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, stack_ + page_bytes(), kFiberStackBytes);
-#endif
-  switch_stack(&scheduler_, own_);
-#if VARSTREAM_ASAN
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#endif
-}
-
-void Fiber::pause() {
+void Fiber::switch_to(Fiber& other) {
+  other.previous_ = this;
 #if VARSTREAM_ASAN
   // A finished fiber gives its fake stack up: null handle.
-  __sanitizer_start_switch_fiber(
-      finished_ ? nullptr : &own_fake_, scheduler_bottom_, scheduler_bytes_);
+  __sanitizer_start_switch_fiber(finished_ ? nullptr : &own_fake_, other.bottom_, other.bytes_);
 #endif
-  switch_stack(&own_, scheduler_);
+  switch_stack(&own_, other.own_);
+  arrived();
+}
+
+// What the host's own stack is, nobody knows before the first switch away from it.
+void Fiber::arrived() {
 #if VARSTREAM_ASAN
-  __sanitizer_finish_switch_fiber(own_fake_, &scheduler_bottom_, &scheduler_bytes_);
+  __sanitizer_finish_switch_fiber(own_fake_, &previous_->bottom_, &previous_->bytes_);
 #endif
 }
 
 void Fiber::enter(Fiber* self) {
-#if VARSTREAM_ASAN
-  __sanitizer_finish_switch_fiber(nullptr, &self->scheduler_bottom_, &self->scheduler_bytes_);
-#endif
-  self->entry_(self->argument_);
+  self->own_fake_ = nullptr;
+  self->arrived();
+  Fiber& next = self->entry_(self->argument_);
   self->finished_ = true;
-  self->pause();
+  self->switch_to(next);
 }
 
 }  // namespace varstream::emu

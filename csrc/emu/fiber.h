@@ -14,36 +14,38 @@ inline constexpr size_t kFiberStackBytes = 256 << 10;
 
 class Fiber {
  public:
-  using Entry = void (*)(void* argument);
+  // Runs on the fiber's stack; returns the fiber that goes on after it.
+  using Entry = Fiber& (*)(void* argument);
 
+  // A fiber that was never started stands for the host's own stack.
   Fiber() = default;
   ~Fiber();
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // Prepares the fiber to run entry(argument) when first resumed; the stack is reused.
+  // Prepares the fiber to run entry(argument) when first switched to; the stack is reused.
   void start(Entry entry, void* argument);
 
-  // Called on the scheduler's stack: runs the fiber until it pauses or returns.
-  void resume();
-
-  // Called on the fiber's stack: returns from the scheduler's resume().
-  void pause();
+  // Called on this fiber's stack; returns when another one switches back.
+  void switch_to(Fiber& other);
 
   bool finished() const { return finished_; }
 
  private:
   static void enter(Fiber* self);
+  void arrived();
 
-  uint8_t* stack_ = nullptr;   // mapped, with an inaccessible page below
-  void* own_ = nullptr;        // saved stack pointer of the fiber
-  void* scheduler_ = nullptr;  // saved stack pointer of whoever resumed it
-  void* own_fake_ = nullptr;   // AddressSanitizer's handle of the stack
-  const void* scheduler_bottom_ = nullptr;
-  size_t scheduler_bytes_ = 0;
+  uint8_t* stack_ = nullptr;  // mapped, with an inaccessible page below
+  size_t first_byte_ = 0;     // where frames start, going down
+  void* own_ = nullptr;       // saved stack pointer
+  Fiber* previous_ = nullptr;
+  // AddressSanitizer's: a handle, and which stack this is.
+  void* own_fake_ = nullptr;
+  const void* bottom_ = nullptr;
+  size_t bytes_ = 0;
   Entry entry_ = nullptr;
   void* argument_ = nullptr;
-  bool finished_ = true;
+  bool finished_ = false;
 };
 
 }  // namespace varstream::emu

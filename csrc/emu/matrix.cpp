@@ -1,43 +1,60 @@
 #include "emu/matrix.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstring>
 #include <stdexcept>
 
 #include "emu/block.h"
+
+// The sums below read and write local arrays at constant places only; the sanitizers' checks would
+// triple their time and keep them from using vector registers.
+#define VARSTREAM_UNCHECKED __attribute__((no_sanitize("address", "undefined")))
 
 namespace varstream::emu {
 namespace {
 
 constexpr uint32_t kFullWarp = 0xFFFFFFFFu;
 
+// --- ldmatrix -----------------------------------------------------------------------------------
+
 struct LoadOperand {
   const uint8_t* row;
   uint32_t* registers;
 };
 
-uint16_t element(void* const* operands, int matrix, int row, int column) {
-  const auto* from = static_cast<LoadOperand*>(operands[matrix * 8 + row])->row;
-  uint16_t bits;
-  std::memcpy(&bits, from + 2 * column, 2);
-  return bits;
+// Rows of one matrix that lie in one 16-byte column of the banks are read one after another.
+int bank_conflicts(void* const* operands, int matrix) {
+  const uint8_t* rows[8];
+  int in_column[8] = {}, most = 0;
+  for (int i = 0; i < 8; ++i) {
+    rows[i] = static_cast<LoadOperand*>(operands[8 * matrix + i])->row;
+    bool again = false;  // the same row twice is read once
+    for (int j = 0; j < i; ++j) again |= rows[j] == rows[i];
+    int& here = in_column[reinterpret_cast<uintptr_t>(rows[i]) / 16 % 8];
+    here += !again;
+    most = here > most ? here : most;
+  }
+  return most - 1;
 }
 
 template <bool Transposed>
-void load(void* const* operands, uint32_t) {
-  for (int lane = 0; lane < kWarpLanes; ++lane) {
-    for (int matrix = 0; matrix < 4; ++matrix) {
+void load(Block& block, void* const* operands, uint32_t) {
+  block.counts().add(Count::kLdmatrix);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    block.counts().add(Count::kBankConflict, bank_conflicts(operands, matrix));
+    uint16_t element[8][8];
+    for (int row = 0; row < 8; ++row) {
+      std::memcpy(element[row], static_cast<LoadOperand*>(operands[8 * matrix + row])->row, 16);
+    }
+    for (int lane = 0; lane < kWarpLanes; ++lane) {
       const int major = lane / 4, minor = 2 * (lane % 4);
-      const uint32_t low = Transposed ? element(operands, matrix, minor, major)
-                                      : element(operands, matrix, major, minor);
-      const uint32_t high = Transposed ? element(operands, matrix, minor + 1, major)
-                                       : element(operands, matrix, major, minor + 1);
+      const uint32_t low = Transposed ? element[minor][major] : element[major][minor];
+      const uint32_t high = Transposed ? element[minor + 1][major] : element[major][minor + 1];
       static_cast<LoadOperand*>(operands[lane])->registers[matrix] = low | high << 16;
     }
   }
 }
+
+// --- mma ----------------------------------------------------------------------------------------
 
 struct ProductOperand {
   float* d;
@@ -45,57 +62,120 @@ struct ProductOperand {
   const uint32_t* b;
 };
 
+struct Fragments {
+  uint16_t a[16][16], b[16][8];
+  float d[16][8];
+};
+
 template <bool Bfloat16>
-float widen(uint32_t word, int half) {
-  const auto bits = static_cast<uint16_t>(word >> (16 * half));
+VARSTREAM_UNCHECKED inline double widen(uint16_t bits) {
+  uint32_t word;
+  float value;
   if constexpr (Bfloat16) {
-    return __bfloat162float(__nv_bfloat16_raw{bits});
+    word = uint32_t{bits} << 16;
+    std::memcpy(&value, &word, 4);
+    return value;
   } else {
-    return __half2float(__half_raw{bits});
+    // Exponent and mantissa moved into place; the product corrects the bias, subnormals included.
+    word = (bits & 0x7FFFu) << 13;
+    std::memcpy(&value, &word, 4);
+    value *= 0x1p112f;
+    std::memcpy(&word, &value, 4);
+    if ((bits & 0x7C00u) == 0x7C00u) word |= 0x7F800000u;
+    word |= (bits & 0x8000u) << 16;
+    std::memcpy(&value, &word, 4);
+    return value;
+  }
+}
+
+// Products of 16-bit values are exact in double: fused or not, the sum is the same.
+template <bool Bfloat16>
+VARSTREAM_UNCHECKED inline __attribute__((always_inline)) void sum_products(Fragments& f) {
+  double b[16][8];
+  for (int k = 0; k < 16; ++k) {
+    for (int column = 0; column < 8; ++column) b[k][column] = widen<Bfloat16>(f.b[k][column]);
+  }
+  for (int row = 0; row < 16; ++row) {
+    double a[16], sum[8];
+    for (int k = 0; k < 16; ++k) a[k] = widen<Bfloat16>(f.a[row][k]);
+    for (int column = 0; column < 8; ++column) sum[column] = f.d[row][column];
+    for (int k = 0; k < 16; ++k) {
+      for (int column = 0; column < 8; ++column) sum[column] += a[k] * b[k][column];
+    }
+    for (int column = 0; column < 8; ++column) f.d[row][column] = float(sum[column]);
   }
 }
 
 template <bool Bfloat16>
-void multiply(void* const* operands, uint32_t) {
-  float a[16][16], b[16][8];
+VARSTREAM_UNCHECKED void sum_products_here(Fragments& f) {
+  sum_products<Bfloat16>(f);
+}
+
+#if defined(__x86_64__)
+template <bool Bfloat16>
+VARSTREAM_UNCHECKED __attribute__((target("avx2,fma"))) void sum_products_avx2(Fragments& f) {
+  sum_products<Bfloat16>(f);
+}
+#endif
+
+template <bool Bfloat16>
+void (*fastest())(Fragments&) {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return sum_products_avx2<Bfloat16>;
+  }
+#endif
+  return sum_products_here<Bfloat16>;
+}
+
+// Where each lane's registers stand in a, b and d: see ptx/mma.cuh.
+VARSTREAM_UNCHECKED void gather(Fragments& f, void* const* operands) {
   for (int lane = 0; lane < kWarpLanes; ++lane) {
     const auto* own = static_cast<ProductOperand*>(operands[lane]);
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
-      for (int half = 0; half < 2; ++half) {
-        a[g + 8 * (i % 2)][2 * t + half + 8 * (i / 2)] = widen<Bfloat16>(own->a[i], half);
-      }
+      std::memcpy(&f.a[g + 8 * (i % 2)][2 * t + 8 * (i / 2)], &own->a[i], 4);
     }
     for (int i = 0; i < 2; ++i) {
-      for (int half = 0; half < 2; ++half) {
-        b[2 * t + half + 8 * i][g] = widen<Bfloat16>(own->b[i], half);
-      }
+      f.b[2 * t + 8 * i][g] = uint16_t(own->b[i]);
+      f.b[2 * t + 8 * i + 1][g] = uint16_t(own->b[i] >> 16);
+      std::memcpy(&f.d[g + 8 * i][2 * t], &own->d[2 * i], 8);
     }
   }
+}
+
+VARSTREAM_UNCHECKED void scatter(const Fragments& f, void* const* operands) {
   for (int lane = 0; lane < kWarpLanes; ++lane) {
     auto* own = static_cast<ProductOperand*>(operands[lane]);
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-      double sum = own->d[i];  // products of 16-bit values are exact in double
-      for (int k = 0; k < 16; ++k) sum += double(a[row][k]) * b[k][column];
-      own->d[i] = float(sum);
+    for (int i = 0; i < 2; ++i) {
+      std::memcpy(&own->d[2 * i], &f.d[lane / 4 + 8 * i][2 * (lane % 4)], 8);
     }
   }
+}
+
+template <bool Bfloat16>
+void multiply(Block& block, void* const* operands, uint32_t) {
+  static const auto sum = fastest<Bfloat16>();
+  block.counts().add(Count::kMma);
+  Fragments f;
+  gather(f, operands);
+  sum(f);
+  scatter(f, operands);
 }
 
 }  // namespace
 
 void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) {
-    throw std::logic_error(describe(thread()) + ": ldmatrix of a row not aligned to 16 bytes");
+  Block& own_block = block();
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0 || !own_block.shared().holds(row, 16)) {
+    throw std::logic_error(describe(thread()) +
+                           ": ldmatrix of a row not aligned to 16 bytes or not in shared memory");
   }
-  if (thread().lane == 0) ++instruction_counts()["ldmatrix"];
   LoadOperand own{static_cast<const uint8_t*>(row), r};
-  block().collective("ldmatrix", kFullWarp, &own, transposed ? load<true> : load<false>);
+  own_block.collective("ldmatrix", kFullWarp, &own, transposed ? load<true> : load<false>);
 }
 
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool bfloat16) {
-  if (thread().lane == 0) ++instruction_counts()["mma"];
   ProductOperand own{d, a, b};
   block().collective("mma", kFullWarp, &own, bfloat16 ? multiply<true> : multiply<false>);
 }

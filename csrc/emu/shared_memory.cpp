@@ -55,8 +55,11 @@ void SharedMemory::check() {
   VARSTREAM_UNPOISON(memory_.data(), memory_.size());
   size_t at = 0;
   auto gap = [&](size_t end) {
-    for (; at < end; ++at) {
-      if (memory_[at] != kGuard) throw std::out_of_range("shared memory: a guard gap was written");
+    if (end == at) return;
+    // All bytes are the guard's if the first is and each equals its neighbour.
+    const uint8_t* first = memory_.data() + at;
+    if (*first != kGuard || std::memcmp(first, first + 1, end - at - 1) != 0) {
+      throw std::out_of_range("shared memory: a guard gap was written");
     }
   };
   for (const Array& array : arrays_) {

@@ -17,6 +17,12 @@ class SharedMemory {
   // The array at `offset` of the device's layout, the same for every thread of the block.
   uint8_t* at(size_t offset, size_t bytes);
 
+  // Whether these bytes lie in shared memory, gaps included.
+  bool holds(const void* at, size_t bytes) const {
+    const auto* first = static_cast<const uint8_t*>(at);
+    return first >= memory_.data() && first + bytes <= memory_.data() + memory_.size();
+  }
+
   // Throws if a guard gap was written.
   void check();
 

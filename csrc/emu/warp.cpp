@@ -9,7 +9,8 @@ uint32_t ballot(bool predicate, uint32_t mask) {
     bool predicate;
     uint32_t result;
   } own{predicate, 0};
-  block().collective("ballot", mask, &own, [](void* const* operands, uint32_t lanes) {
+  block().collective("ballot", mask, &own, [](Block& b, void* const* operands, uint32_t lanes) {
+    b.counts().add(Count::kVote);
     uint32_t bits = 0;
     for (int lane = 0; lane < kWarpLanes; ++lane) {
       if (lanes >> lane & 1)
@@ -23,7 +24,7 @@ uint32_t ballot(bool predicate, uint32_t mask) {
 }
 
 void sync_warp(uint32_t mask) {
-  block().collective("sync_warp", mask, nullptr, [](void* const*, uint32_t) {});
+  block().collective("sync_warp", mask, nullptr, [](Block&, void* const*, uint32_t) {});
 }
 
 void throw_absent_source(int lane, int source) {

@@ -22,7 +22,8 @@ struct ShuffleOperand {
 template <typename T, typename Source>
 T shuffle(T value, const char* name, uint32_t mask, Source source) {
   ShuffleOperand<T> own{value, source(thread().lane), value};
-  block().collective(name, mask, &own, [](void* const* operands, uint32_t lanes) {
+  block().collective(name, mask, &own, [](Block& b, void* const* operands, uint32_t lanes) {
+    b.counts().add(Count::kShuffle);
     for (int lane = 0; lane < kWarpLanes; ++lane) {
       if ((lanes >> lane & 1) == 0) continue;
       auto* mine = static_cast<ShuffleOperand<T>*>(operands[lane]);
