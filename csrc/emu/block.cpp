@@ -3,6 +3,8 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "emu/unchecked.h"
+
 namespace varstream::emu {
 namespace {
 
@@ -66,7 +68,7 @@ void Block::prepare(size_t shared_bytes) {
   counts_ = {};
   ready_.fill(live_);
   for (Barrier& barrier : barriers_) barrier = {};
-  for (Warp& warp : warps_) warp.under_way.clear();
+  for (Warp& warp : warps_) warp.under_way = 0;
   while (int(threads_.size()) < live_) threads_.push_back(std::make_unique<Thread>());
   for (int i = 0; i < live_; ++i) {
     Thread& t = *threads_[i];
@@ -98,7 +100,7 @@ Fiber& Block::enter(void* argument) {
 // --- who runs next ------------------------------------------------------------------------------
 
 // The thread to go on with; the host after an error or when no thread can run.
-Fiber& Block::next() {
+VARSTREAM_UNCHECKED Fiber& Block::next() {
   if (error_ != nullptr || ready_.empty()) return host_;
   if (schedule_.order == Order::kRandom) turn_ = int(random_() % uint64_t(live_));
   const int number = ready_.next(turn_);
@@ -109,7 +111,7 @@ Fiber& Block::next() {
   return current_->fiber;
 }
 
-void Block::wait(Wait until) {
+VARSTREAM_UNCHECKED void Block::wait(Wait until) {
   Thread& self = *current_;
   self.wait = until;
   ready_.remove(self.warp, self.lane);
@@ -165,7 +167,10 @@ void Block::barrier(int id, int count, bool wait_here) {
   wait({"barrier", id, expected});
 }
 
-void Block::collective(const char* name, uint32_t mask, void* operand, Compute compute) {
+VARSTREAM_UNCHECKED void Block::collective(const char* name,
+                                           uint32_t mask,
+                                           void* operand,
+                                           Compute compute) {
   Thread& self = *current_;
   const uint32_t bit = uint32_t{1} << self.lane;
   if ((mask & bit) == 0) {
@@ -173,19 +178,17 @@ void Block::collective(const char* name, uint32_t mask, void* operand, Compute c
   }
   Warp& warp = warps_[self.warp];
   warp.operands[self.lane] = operand;
-  auto c = warp.under_way.begin();
-  while (c != warp.under_way.end() && c->mask != mask) ++c;
-  if (c == warp.under_way.end()) {
-    warp.under_way.push_back({name, compute, mask, 0});
-    c = warp.under_way.end() - 1;
-  }
+  Collective* c = warp.collectives;
+  Collective* const end = c + warp.under_way;
+  while (c != end && c->mask != mask) ++c;
+  if (c == end) *c = {name, compute, mask, 0}, ++warp.under_way;
   if (c->compute != compute) {
     throw std::logic_error(describe(self) + ": " + name + " meets " + c->name +
                            " of other lanes of its warp");
   }
   c->arrived |= bit;
   if (c->arrived != mask) return wait({name, -1, 0});
-  warp.under_way.erase(c);
+  *c = warp.collectives[--warp.under_way];
   ready_.add(self.warp, mask);
   compute(*this, warp.operands, mask);
 }

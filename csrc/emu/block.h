@@ -104,7 +104,8 @@ class Block {
     uint32_t arrived;
   };
   struct Warp {
-    std::vector<Collective> under_way;
+    int under_way = 0;
+    Collective collectives[kWarpLanes];
     void* operands[kWarpLanes];
   };
 

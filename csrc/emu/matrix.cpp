@@ -4,10 +4,7 @@
 #include <stdexcept>
 
 #include "emu/block.h"
-
-// The sums below read and write local arrays at constant places only; the sanitizers' checks would
-// triple their time and keep them from using vector registers.
-#define VARSTREAM_UNCHECKED __attribute__((no_sanitize("address", "undefined")))
+#include "emu/unchecked.h"
 
 namespace varstream::emu {
 namespace {
@@ -22,11 +19,16 @@ struct LoadOperand {
 };
 
 // Rows of one matrix that lie in one 16-byte column of the banks are read one after another.
-int bank_conflicts(void* const* operands, int matrix) {
+VARSTREAM_UNCHECKED int bank_conflicts(void* const* operands, int matrix) {
   const uint8_t* rows[8];
-  int in_column[8] = {}, most = 0;
+  uint32_t columns = 0;
   for (int i = 0; i < 8; ++i) {
     rows[i] = static_cast<LoadOperand*>(operands[8 * matrix + i])->row;
+    columns |= 1u << (reinterpret_cast<uintptr_t>(rows[i]) / 16 % 8);
+  }
+  if (columns == 0xFF) return 0;
+  int in_column[8] = {}, most = 0;
+  for (int i = 0; i < 8; ++i) {
     bool again = false;  // the same row twice is read once
     for (int j = 0; j < i; ++j) again |= rows[j] == rows[i];
     int& here = in_column[reinterpret_cast<uintptr_t>(rows[i]) / 16 % 8];

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "emu/unchecked.h"
+
 namespace varstream::emu {
 
 inline constexpr int kWarpLanes = 32;
@@ -20,20 +22,20 @@ class ReadySet {
     }
   }
 
-  bool empty() const { return warps_ == 0; }
+  VARSTREAM_UNCHECKED bool empty() const { return warps_ == 0; }
 
-  void add(int warp, uint32_t lanes) {
+  VARSTREAM_UNCHECKED void add(int warp, uint32_t lanes) {
     lanes_[warp] |= lanes;
     if (lanes != 0) warps_ |= uint32_t{1} << warp;
   }
 
-  void remove(int warp, int lane) {
+  VARSTREAM_UNCHECKED void remove(int warp, int lane) {
     lanes_[warp] &= ~(uint32_t{1} << lane);
     if (lanes_[warp] == 0) warps_ &= ~(uint32_t{1} << warp);
   }
 
   // The first thread at or after `from`, in a circle. The set must hold one.
-  int next(int from) const {
+  VARSTREAM_UNCHECKED int next(int from) const {
     const int warp = from / kWarpLanes;
     const uint32_t here = lanes_[warp] >> (from % kWarpLanes);
     if (here != 0) return from + __builtin_ctz(here);
