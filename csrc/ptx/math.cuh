@@ -29,17 +29,6 @@ VARSTREAM_DEVICE float log2_approx(float x) {
 #endif
 }
 
-// tanh x, relative error 2^-11: for softcaps in 16-bit inputs only.
-VARSTREAM_DEVICE float tanh_approx(float x) {
-#if defined(VARSTREAM_EMULATED)
-  return std::tanh(x);
-#else
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#endif
-}
-
 // *at += value, atomically, in global memory; no result.
 VARSTREAM_DEVICE void add_atomic(float* at, float value) {
 #if defined(VARSTREAM_EMULATED)
