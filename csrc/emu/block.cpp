@@ -8,21 +8,16 @@
 namespace varstream::emu {
 namespace {
 
-thread_local Block* running = nullptr;
-
 constexpr const char* kCountNames[] = {
     "ldmatrix", "mma", "cp.async", "shuffle", "vote", "barrier", "ldmatrix bank conflicts"};
 std::atomic<int64_t> totals[int(Count::kNumber)];
 
 }  // namespace
 
-Block& block() {
-  if (running == nullptr) throw std::logic_error("no emulated kernel runs on this thread");
-  return *running;
-}
+Block* running_block = nullptr;
 
-Thread& thread() {
-  return block().current();
+void throw_nothing_runs() {
+  throw std::logic_error("no emulated kernel runs");
 }
 
 const std::map<std::string, int64_t> instruction_counts() {
@@ -49,11 +44,11 @@ void Block::run(Index3 grid,
                 const std::function<void()>& kernel) {
   grid_ = grid, shape_ = shape, index_ = index, kernel_ = &kernel, schedule_ = schedule;
   const uint64_t number = index.x + uint64_t{grid.x} * (index.y + uint64_t{grid.y} * index.z);
-  random_.seed(schedule.seed * 0x9E3779B97F4A7C15u + number);
+  random_ = schedule.seed * 0x9E3779B97F4A7C15u + number;
   prepare(shared_bytes);
-  running = this;
+  running_block = this;
   if (live_ > 0) host_.switch_to(next());
-  running = nullptr;
+  running_block = nullptr;
   for (int i = 0; i < int(Count::kNumber); ++i) totals[i] += counts_.of[i];
   if (error_ != nullptr) std::rethrow_exception(error_);
   if (finished_ < live_) deadlock();
@@ -65,11 +60,15 @@ void Block::prepare(size_t shared_bytes) {
   live_ = int(shape_.x * shape_.y * shape_.z);
   finished_ = turn_ = 0;
   error_ = nullptr;
+  failed_ = false;
   counts_ = {};
   ready_.fill(live_);
   for (Barrier& barrier : barriers_) barrier = {};
   for (Warp& warp : warps_) warp.under_way = 0;
-  while (int(threads_.size()) < live_) threads_.push_back(std::make_unique<Thread>());
+  while (int(kept_.size()) < live_) {
+    kept_.push_back(std::make_unique<Thread>());
+    threads_[kept_.size() - 1] = kept_.back().get();
+  }
   for (int i = 0; i < live_; ++i) {
     Thread& t = *threads_[i];
     t.block = this;
@@ -91,6 +90,7 @@ Fiber& Block::enter(void* argument) {
     }
   } catch (...) {
     self.error_ = std::current_exception();
+    self.failed_ = true;
   }
   ++self.finished_;
   self.ready_.remove(t.warp, t.lane);
@@ -101,13 +101,16 @@ Fiber& Block::enter(void* argument) {
 
 // The thread to go on with; the host after an error or when no thread can run.
 VARSTREAM_UNCHECKED Fiber& Block::next() {
-  if (error_ != nullptr || ready_.empty()) return host_;
-  if (schedule_.order == Order::kRandom) turn_ = int(random_() % uint64_t(live_));
+  if (failed_ || ready_.empty()) return host_;
+  if (schedule_.order == Order::kRandom) {
+    random_ = random_ * 6364136223846793005u + 1;  // congruential: only high bits are used
+    turn_ = int((random_ >> 32) * uint64_t(live_) >> 32);
+  }
   const int number = ready_.next(turn_);
   if (schedule_.order == Order::kRoundRobin) turn_ = (number + 1) % live_;
   // Stay in one warp until all of it waits or is done.
   if (schedule_.order == Order::kWarpGreedy) turn_ = number / kWarpLanes * kWarpLanes;
-  current_ = threads_[number].get();
+  current_ = threads_[number];
   return current_->fiber;
 }
 
@@ -126,7 +129,7 @@ void Block::deadlock() const {
     const Thread& t = *threads_[i];
     if (t.fiber.finished()) continue;
     // One line for each group of lanes that waits for the same thing.
-    const Thread* before = i > 0 ? threads_[i - 1].get() : nullptr;
+    const Thread* before = i > 0 ? threads_[i - 1] : nullptr;
     if (before != nullptr && !before->fiber.finished() && before->warp == t.warp &&
         before->wait == t.wait) {
       continue;

@@ -9,7 +9,6 @@
 #include <exception>
 #include <functional>
 #include <memory>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -18,6 +17,7 @@
 #include "emu/fiber.h"
 #include "emu/ready_set.h"
 #include "emu/shared_memory.h"
+#include "emu/unchecked.h"
 
 namespace varstream::emu {
 
@@ -87,7 +87,7 @@ class Block {
   Index3 grid() const { return grid_; }
   Index3 shape() const { return shape_; }
   Index3 index() const { return index_; }
-  Thread& current() { return *current_; }
+  VARSTREAM_UNCHECKED Thread& current() { return *current_; }
   Counts& counts() { return counts_; }
 
  private:
@@ -117,10 +117,11 @@ class Block {
 
   Index3 grid_{}, shape_{}, index_{};
   Schedule schedule_;
-  std::mt19937_64 random_;
+  uint64_t random_ = 0;
   SharedMemory shared_;
-  std::vector<std::unique_ptr<Thread>> threads_;
-  int live_ = 0;  // threads of this block; more may be kept for their stacks
+  std::vector<std::unique_ptr<Thread>> kept_;  // of earlier blocks too, for their stacks
+  Thread* threads_[kMaxWarps * kWarpLanes] = {};
+  int live_ = 0;
   int finished_ = 0;
   int turn_ = 0;  // the thread where the search for the next one starts
   ReadySet ready_;
@@ -131,11 +132,22 @@ class Block {
   Warp warps_[kMaxWarps];
   Counts counts_;
   std::exception_ptr error_;
+  bool failed_ = false;
 };
 
-// The block and thread that run on this host thread; only while a kernel runs.
-Block& block();
-Thread& thread();
+// The block that runs in this process: launches take turns (a thread-local one would cost a call
+// each time a wrapper asks).
+extern Block* running_block;
+[[noreturn]] void throw_nothing_runs();
+
+// The block and thread that run; only while a kernel runs.
+VARSTREAM_UNCHECKED inline Block& block() {
+  if (running_block == nullptr) throw_nothing_runs();
+  return *running_block;
+}
+VARSTREAM_UNCHECKED inline Thread& thread() {
+  return block().current();
+}
 
 std::string describe(const Thread& thread);
 

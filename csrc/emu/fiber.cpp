@@ -209,7 +209,7 @@ void Fiber::start(Entry entry, void* argument) {
     mprotect(stack_, page_bytes(), PROT_NONE);  // an overflow faults instead of corrupting
     bottom_ = stack_ + page_bytes();
     bytes_ = kFiberStackBytes;
-    static thread_local size_t made = 0;
+    static size_t made = 0;
     first_byte_ = kFiberStackBytes - made++ % kColours * kColourBytes;
   }
 #if VARSTREAM_ASAN

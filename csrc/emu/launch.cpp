@@ -1,7 +1,9 @@
 #include "emu/launch.h"
 
 #include <algorithm>
+#include <mutex>
 #include <numeric>
+#include <random>
 #include <stdexcept>
 #include <vector>
 
@@ -35,7 +37,10 @@ void launch(Index3 grid,
   if (schedule.order == Order::kRandom) {
     std::shuffle(order.begin(), order.end(), std::mt19937_64(schedule.seed));
   }
-  static thread_local Block block;  // keeps the fibers' stacks
+  // One kernel at a time, whichever host threads launch.
+  static std::mutex turn;
+  const std::lock_guard<std::mutex> lock(turn);
+  static Block block;  // keeps the fibers' stacks
   for (uint64_t i : order) {
     const Index3 index{
         uint32_t(i % grid.x), uint32_t(i / grid.x % grid.y), uint32_t(i / grid.x / grid.y)};

@@ -64,9 +64,10 @@ struct ProductOperand {
   const uint32_t* b;
 };
 
+// Row after row.
 struct Fragments {
-  uint16_t a[16][16], b[16][8];
-  float d[16][8];
+  uint16_t a[16 * 16], b[16 * 8];
+  float d[16 * 8];
 };
 
 template <bool Bfloat16>
@@ -90,22 +91,33 @@ VARSTREAM_UNCHECKED inline double widen(uint16_t bits) {
   }
 }
 
-// Products of 16-bit values are exact in double: fused or not, the sum is the same.
+// Four columns: one register where the host has AVX, two elsewhere.
+typedef double Four __attribute__((vector_size(32)));
+
+// Products of 16-bit values are exact in double: fused or not, the sum is the same. Four rows at a
+// time, as each sum waits for its own last product.
 template <bool Bfloat16>
 VARSTREAM_UNCHECKED inline __attribute__((always_inline)) void sum_products(Fragments& f) {
-  double b[16][8];
-  for (int k = 0; k < 16; ++k) {
-    for (int column = 0; column < 8; ++column) b[k][column] = widen<Bfloat16>(f.b[k][column]);
-  }
-  for (int row = 0; row < 16; ++row) {
-    double a[16], sum[8];
-    for (int k = 0; k < 16; ++k) a[k] = widen<Bfloat16>(f.a[row][k]);
-    for (int column = 0; column < 8; ++column) sum[column] = f.d[row][column];
+  constexpr int kRows = 4;
+  alignas(32) double a[16 * 16], b[16 * 8], sums[16 * 8];
+  for (int i = 0; i < 16 * 16; ++i) a[i] = widen<Bfloat16>(f.a[i]);
+  for (int i = 0; i < 16 * 8; ++i) b[i] = widen<Bfloat16>(f.b[i]);
+  for (int i = 0; i < 16 * 8; ++i) sums[i] = f.d[i];
+  for (int first = 0; first < 16; first += kRows) {
+    Four sum[kRows][2];
+    std::memcpy(sum, sums + first * 8, sizeof(sum));
     for (int k = 0; k < 16; ++k) {
-      for (int column = 0; column < 8; ++column) sum[column] += a[k] * b[k][column];
+      Four terms[2];
+      std::memcpy(terms, b + k * 8, sizeof(terms));
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        sum[i][0] += a[(first + i) * 16 + k] * terms[0];
+        sum[i][1] += a[(first + i) * 16 + k] * terms[1];
+      }
     }
-    for (int column = 0; column < 8; ++column) f.d[row][column] = float(sum[column]);
+    std::memcpy(sums + first * 8, sum, sizeof(sum));
   }
+  for (int i = 0; i < 16 * 8; ++i) f.d[i] = float(sums[i]);
 }
 
 template <bool Bfloat16>
@@ -136,12 +148,12 @@ VARSTREAM_UNCHECKED void gather(Fragments& f, void* const* operands) {
     const auto* own = static_cast<ProductOperand*>(operands[lane]);
     const int g = lane / 4, t = lane % 4;
     for (int i = 0; i < 4; ++i) {
-      std::memcpy(&f.a[g + 8 * (i % 2)][2 * t + 8 * (i / 2)], &own->a[i], 4);
+      std::memcpy(&f.a[(g + 8 * (i % 2)) * 16 + 2 * t + 8 * (i / 2)], &own->a[i], 4);
     }
     for (int i = 0; i < 2; ++i) {
-      f.b[2 * t + 8 * i][g] = uint16_t(own->b[i]);
-      f.b[2 * t + 8 * i + 1][g] = uint16_t(own->b[i] >> 16);
-      std::memcpy(&f.d[g + 8 * i][2 * t], &own->d[2 * i], 8);
+      f.b[(2 * t + 8 * i) * 8 + g] = uint16_t(own->b[i]);
+      f.b[(2 * t + 8 * i + 1) * 8 + g] = uint16_t(own->b[i] >> 16);
+      std::memcpy(&f.d[(g + 8 * i) * 8 + 2 * t], &own->d[2 * i], 8);
     }
   }
 }
@@ -150,7 +162,7 @@ VARSTREAM_UNCHECKED void scatter(const Fragments& f, void* const* operands) {
   for (int lane = 0; lane < kWarpLanes; ++lane) {
     auto* own = static_cast<ProductOperand*>(operands[lane]);
     for (int i = 0; i < 2; ++i) {
-      std::memcpy(&own->d[2 * i], &f.d[lane / 4 + 8 * i][2 * (lane % 4)], 8);
+      std::memcpy(&own->d[2 * i], &f.d[(lane / 4 + 8 * i) * 8 + 2 * (lane % 4)], 8);
     }
   }
 }
@@ -170,7 +182,7 @@ void multiply(Block& block, void* const* operands, uint32_t) {
 void ldmatrix_x4(uint32_t (&r)[4], const void* row, bool transposed) {
   Block& own_block = block();
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0 || !own_block.shared().holds(row, 16)) {
-    throw std::logic_error(describe(thread()) +
+    throw std::logic_error(describe(own_block.current()) +
                            ": ldmatrix of a row not aligned to 16 bytes or not in shared memory");
   }
   LoadOperand own{static_cast<const uint8_t*>(row), r};
