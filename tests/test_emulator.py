@@ -1,4 +1,8 @@
-"""The host emulator and the wrappers' host twins, under sanitizers; planted bugs are caught."""
+"""The host emulator and the wrappers' host twins; planted bugs are caught.
+
+Twice: under sanitizers, with the context switch in assembly; and without sanitizers, where the
+emulator has to notice by itself, with the portable switch.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPILER = shutil.which("g++") or shutil.which("c++")
-FLAGS = ["-std=c++17", "-O2", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+BUILDS = {
+    "sanitized": ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "portable": ["-DVARSTREAM_PORTABLE_FIBERS"],
+}
 SCHEDULES = ["warp-greedy", "round-robin", "1", "2"]
 BUGS = {
     "no barrier": "1",
@@ -30,17 +37,16 @@ def cuda_headers() -> Path | None:
     return next((p for p in found if (p / "cuda_bf16.h").is_file()), None)
 
 
-@pytest.fixture(scope="module")
-def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=BUILDS)
+def binary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     headers = cuda_headers()
     if COMPILER is None or headers is None:
         pytest.skip("needs a host C++ compiler and CUDA's headers")
     path = tmp_path_factory.mktemp("emulator") / "emu_test"
     sources = [*sorted((ROOT / "csrc/emu").glob("*.cpp")), ROOT / "tests/cpp/emu_test.cpp"]
     include = [f"-I{ROOT / 'csrc'}", "-isystem", headers]
-    subprocess.run(
-        [COMPILER, *FLAGS, "-DVARSTREAM_EMULATED", *include, *sources, "-o", path], check=True
-    )
+    flags = ["-std=c++17", "-O2", "-DVARSTREAM_EMULATED", *BUILDS[request.param]]
+    subprocess.run([COMPILER, *flags, *include, *sources, "-o", path], check=True)
     return path
 
 

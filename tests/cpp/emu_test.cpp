@@ -1,8 +1,10 @@
 // The emulator itself: collectives, barriers, copies and matrix instructions against plain loops; a
 // small tiled product; and five classic bugs planted into it, each of which must be caught.
 //
-// Built by tests/test_emulator.py under sanitizers. Usage: emu_test <warp-greedy|round-robin|SEED>
-// [BUG]; with a bug the exit status is 0 only if the emulator caught it.
+// Built by tests/test_emulator.py, under sanitizers and without. Usage: emu_test
+// <warp-greedy|round-robin|SEED> [BUG]; with a bug the exit status is 0 only if the emulator caught
+// it: by an exception (a deadlock, a guard gap that was written) or by a result that is wrong or
+// NaN because the bug let unwritten or undelivered memory be read.
 #include <cuda_bf16.h>
 
 #include <cmath>
@@ -33,8 +35,7 @@ void expect(bool holds, const char* what) {
   if (!holds) std::printf("failed: %s\n", what), ++failures;
 }
 
-// --- a product C (M, 64) = A (M, 64) B (64, 64)^T, 64 rows a block of 4 warps, K in two stages
-// ----
+// --- a product C (M, 64) = A (M, 64) B (64, 64)^T: 64 rows a block of 4 warps, K in 2 stages -----
 
 constexpr int kTile = 64, kStage = 32, kRow = kStage + 8;  // 8 more: rows on different banks
 
@@ -121,8 +122,7 @@ double product_error(emu::Schedule schedule, int rows, Bug bug) {
   return worst;
 }
 
-// --- one instruction at a time
-// --------------------------------------------------------------------
+// --- one instruction at a time -------------------------------------------------------------------
 
 void check_collectives(emu::Schedule schedule) {
   std::vector<int> wrong(96, 0);
@@ -200,6 +200,17 @@ void check_errors(emu::Schedule schedule) {
     if (tid() < 32) ptx::sync_block();
   });
   expect(has(text, "deadlock") && has(text, "warp 0") && has(text, "barrier 0"), text.c_str());
+  text = message_of([&] {
+    emu::launch({3, 1, 1}, {64, 1, 1}, 64, schedule, [&] {
+      if (vs::block_index().x == 2 && tid() >= 32) ptx::barrier_sync(5, 64);
+    });
+  });
+  expect(has(text, "block (2,0,0) warp 1 lane 0 waits for barrier 5, 64 threads"), text.c_str());
+  expect(!has(text, "warp 0") && !has(text, "lane 1"), "one line for lanes that wait alike");
+  text = run(32, [&] {
+    if (tid() != 7) ptx::ballot(true);
+  });
+  expect(has(text, "warp 0 lane 0 waits for ballot of its warp"), text.c_str());
   text = run(32, [&] { tid() == 3 ? ptx::sync_warp() : void(ptx::ballot(true)); });
   expect(has(text, "meets"), "divergent collectives");
   text = run(32, [&] { ptx::shuffle(1, 20, tid() < 16 ? 0xFFFFu : 0xFFFF0000u); });
@@ -213,6 +224,29 @@ void check_errors(emu::Schedule schedule) {
   expect(has(text, "never waited"), "a copy nobody waits for");
   text = run(1, [&] { ptx::cp_async_16(emu::block().shared().at(0, 64), source + 1, true); });
   expect(has(text, "not aligned"), "an unaligned copy");
+  text = run(1, [&] { ptx::cp_async_16(source, source + 4, true); });
+  expect(has(text, "outside shared memory"), "a copy to global memory");
+  text = run(32, [&] {
+    uint32_t r[4];
+    ptx::ldmatrix_x4(r, source);
+  });
+  expect(has(text, "not in shared memory"), "ldmatrix of global memory");
+}
+
+void check_counts(emu::Schedule schedule) {
+  // One block, 4 warps: 4 steps of k with 5 ldmatrix and 8 mma each, rows on different banks.
+  emu::reset_instruction_counts();
+  product_error(schedule, kTile, kNone);
+  auto counts = emu::instruction_counts();
+  expect(counts["ldmatrix"] == 4 * 4 * 5 && counts["mma"] == 4 * 4 * 8, "count of mma");
+  expect(counts["cp.async"] == 2 * 2 * kTile * kStage / 8, "count of cp.async");
+  expect(counts["barrier"] == 2 && counts["ldmatrix bank conflicts"] == 0, "count of barriers");
+  expect(counts["shuffle"] == 0 && counts["vote"] == 0, "count of nothing");
+  emu::reset_instruction_counts();
+  check_collectives(schedule);
+  counts = emu::instruction_counts();
+  // 3 warps: 5 + 1 shuffles of whole warps and one of each half; 3 votes.
+  expect(counts["shuffle"] == 3 * 8 && counts["vote"] == 3 * 3, "count of shuffles");
 }
 
 int main(int count, char** arguments) {
@@ -234,6 +268,7 @@ int main(int count, char** arguments) {
   check_named_barriers(schedule);
   check_poison(schedule);
   check_errors(schedule);
+  check_counts(schedule);
   for (int rows : {1, 63, 64, 65, 150}) {
     expect(product_error(schedule, rows, kNone) < 1e-4, "product");
   }
