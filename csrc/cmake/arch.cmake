@@ -15,7 +15,7 @@ macro(varstream_option name default)
 endmacro()
 
 varstream_option(VARSTREAM_CUDA AUTO)
-varstream_option(VARSTREAM_CUDA_ARCHS "80-real;90a-real;90-virtual")
+varstream_option(VARSTREAM_CUDA_ARCHS "80-real;90")
 varstream_option(VARSTREAM_NVCC "$ENV{CUDACXX}")
 set(oldest_cuda 12.8)
 

@@ -22,6 +22,17 @@ inline std::string shape_text(const torch::stable::Tensor& tensor) {
   return text + ")";
 }
 
+inline void check_same_device(const torch::stable::Tensor& tensor,
+                              const char* name,
+                              const torch::stable::Tensor& like,
+                              const char* like_name) {
+  VARSTREAM_CHECK(
+      tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(),
+      name,
+      " must be on the device of ",
+      like_name);
+}
+
 inline void check_same_cuda_device(const torch::stable::Tensor& tensor,
                                    const char* name,
                                    const torch::stable::Tensor& like,

@@ -5,13 +5,12 @@
 // the operators exist whatever the module was built with.
 #include <torch/csrc/stable/library.h>
 
+#include "torch/attention_schema.h"
+
 // The arguments that varlen_attention's backward operators share, in order.
-#define VARSTREAM_ATTENTION_BWD_ARGS                                                    \
-  "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? dlse, "   \
-  "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? alibi_slopes, " \
-  "Tensor? sinks, Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, "        \
-  "bool causal, SymInt window_left, SymInt window_right, float softmax_scale, "         \
-  "float softcap, float dropout_p, bool deterministic"
+#define VARSTREAM_ATTENTION_BWD_ARGS                                            \
+  "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? " \
+  "dlse, " VARSTREAM_ATTENTION_OPTIONS
 
 // The arguments that the head's operators share, in order, and which gradients are wanted.
 #define VARSTREAM_HEAD_ARGS                                                  \
@@ -25,12 +24,9 @@ STABLE_TORCH_LIBRARY(varstream, m) {
   m.def("unpack(Tensor values, Tensor indices, SymInt rows, float fill) -> Tensor");
 
   // Attention over packed rows.
-  m.def(
-      "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
-      "Tensor? seqused_k, Tensor? alibi_slopes, Tensor? sinks, Tensor? rng_state, "
-      "SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, SymInt window_left, "
-      "SymInt window_right, float softmax_scale, float softcap, float dropout_p, "
-      "bool deterministic) -> (Tensor out, Tensor lse)");
+  m.def("varlen_attention(" VARSTREAM_ATTENTION_ARGS ") -> (Tensor out, Tensor lse)");
+  // The same from ATen calls: what CUDA kernels don't take, float32 and float64.
+  m.def("varlen_attention_composed(" VARSTREAM_ATTENTION_ARGS ") -> (Tensor out, Tensor lse)");
   m.def("varlen_attention_bwd(" VARSTREAM_ATTENTION_BWD_ARGS
         ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
   m.def("varlen_attention_bwd_accumulate(" VARSTREAM_ATTENTION_BWD_ARGS

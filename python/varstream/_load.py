@@ -47,6 +47,15 @@ _library = torch.library.Library(NAMESPACE, "IMPL")
 composed_on_cuda: set[str] = set()
 
 
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def has_cuda_kernel(name: str) -> bool:
+    """Whether a compiled kernel serves the operator's CUDA tensors."""
+    return name not in composed_on_cuda and _has_kernel(name, "CUDA")
+
+
 def cpu_kernel(name: str) -> Callable[[Fn], Fn]:
     """Register the decorated function as ``varstream::name`` for CPU tensors."""
 
@@ -65,7 +74,7 @@ def composed_kernel(name: str) -> Callable[[Fn], Fn]:
 
     def register(fn: Fn) -> Fn:
         _library.impl(name, fn, "CPU")
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CUDA"):
+        if not _has_kernel(name, "CUDA"):
             _library.impl(name, fn, "CUDA")
             composed_on_cuda.add(name)
         return fn

@@ -103,10 +103,10 @@ def _device_note(device: torch.device) -> str:
     if device.type == "cpu":
         return f"Running on the CPU, {torch.get_num_threads()} threads."
     note = f"Running on {torch.cuda.get_device_name(device)}."
-    if "varlen_attention" in composed_on_cuda:
+    if "varlen_attention_bwd" in composed_on_cuda:
         note += (
-            " This version has no CUDA attention kernel of its own: varstream's attention is "
-            "composed of torch's operators there."
+            " This version has no CUDA kernel for attention's backward: it is composed of torch's "
+            "operators there."
         )
     return note
 

@@ -139,6 +139,7 @@ def _guard(q: Tensor, k: Tensor, v: Tensor, call: Call, *backward: Any) -> None:
 
 
 @_load.composed_kernel("varlen_attention")
+@_load.composed_kernel("varlen_attention_composed")
 def _forward(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
     _guard(q, k, v, Call(*call))
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
@@ -146,6 +147,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tenso
 
 
 @_load.fake_kernel("varlen_attention")
+@_load.fake_kernel("varlen_attention_composed")
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     return out, q.new_empty(q.shape[1], q.shape[0], dtype=acc_dtype(q.dtype))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from varstream import _load
 from varstream._checks import (
     FLOATING,
     acc_dtype,
@@ -23,6 +24,8 @@ from varstream._checks import (
 )
 
 MAX_HEAD_DIM = 256
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
+KERNEL_WORD = 8  # 16-bit values in the 16 bytes that a kernel moves at a time
 
 
 class Call(NamedTuple):
@@ -152,6 +155,31 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(
                 f"{name} must have a head dim from 1 to {MAX_HEAD_DIM}, got {tensor.shape[2]}"
             )
+    if q.is_cuda and q.dtype in KERNEL_DTYPES and _load.has_cuda_kernel("varlen_attention"):
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            _check_kernel_rows(name, tensor)
+
+
+def _check_kernel_rows(name: str, t: Tensor) -> None:
+    """What the CUDA kernels want of q, k, v: heads of whole 16-byte words."""
+    if t.shape[2] % KERNEL_WORD != 0:
+        raise ValueError(
+            f"{name} must have a head dim that is a multiple of {KERNEL_WORD} in {t.dtype} on "
+            f"CUDA, got {t.shape[2]}; pad it with zeros"
+        )
+    if t.numel() == 0:
+        return
+    if t.stride(2) != 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension on CUDA, got strides {t.stride()}; "
+            "call .contiguous()"
+        )
+    steps = [t.stride(d) for d in range(2) if t.shape[d] > 1]
+    if any(step % KERNEL_WORD != 0 for step in (t.storage_offset(), *steps)):
+        raise ValueError(
+            f"{name} must have heads that start at multiples of 16 bytes on CUDA, got strides "
+            f"{t.stride()} and offset {t.storage_offset()}; call .contiguous()"
+        )
 
 
 def _check_lengths(

@@ -1,0 +1,11 @@
+// Ring 4. Arguments of the attention operators, which the emulated library defines as well.
+#pragma once
+
+// What comes after q, k, v, in order.
+#define VARSTREAM_ATTENTION_OPTIONS                                                           \
+  "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_k, Tensor? alibi_slopes, "       \
+  "Tensor? sinks, Tensor? rng_state, SymInt max_seqlen_q, SymInt max_seqlen_k, bool causal, " \
+  "SymInt window_left, SymInt window_right, float softmax_scale, float softcap, "             \
+  "float dropout_p, bool deterministic"
+
+#define VARSTREAM_ATTENTION_ARGS "Tensor q, Tensor k, Tensor v, " VARSTREAM_ATTENTION_OPTIONS
