@@ -2,7 +2,12 @@
 // binds only what takes no tensor.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -11,6 +16,8 @@
 #include "varlen/balance.h"
 #include "varlen/bin_packing.h"
 #include "varlen/row_copy_launch.h"
+#include "varlen/tile_schedule.h"
+#include "varlen/tile_schedule_launch.h"
 
 namespace py = pybind11;
 namespace varlen = varstream::varlen;
@@ -22,6 +29,7 @@ py::list kernels() {
   py::list names;
 #if VARSTREAM_WITH_CUDA
   for (const char* name : varlen::kRowCopyKernels) names.append(name);
+  for (const char* name : varlen::kTileScheduleKernels) names.append(name);
 #endif
   return names;
 }
@@ -101,6 +109,64 @@ void def_balancer(py::module_& m, const char* name, Balancer* balancer) {
       "The bin of each item.");
 }
 
+using Lengths32 = py::array_t<int32_t, py::array::c_style>;
+
+std::vector<int32_t> as_vector(const char* name, const Lengths32& values) {
+  if (values.ndim() == 1) return {values.data(), values.data() + values.size()};
+  throw std::invalid_argument(std::string(name) + " must have one dimension, got " +
+                              std::to_string(values.ndim()));
+}
+
+// One row a tile: the fields of varlen::PlannedTile in order.
+py::array_t<int32_t> tile_schedule(const Lengths32& cu_seqlens_q,
+                                   const Lengths32& cu_seqlens_k,
+                                   const std::optional<Lengths32>& seqused_k,
+                                   int32_t total_q,
+                                   int32_t total_k,
+                                   int32_t left,
+                                   int32_t right,
+                                   int32_t rows_per_query,
+                                   int32_t tile_rows,
+                                   int32_t tile_keys) {
+  varlen::TilePlanProblem problem{as_vector("cu_seqlens_q", cu_seqlens_q),
+                                  as_vector("cu_seqlens_k", cu_seqlens_k),
+                                  std::nullopt,
+                                  total_q,
+                                  total_k,
+                                  {left, right},
+                                  rows_per_query,
+                                  tile_rows,
+                                  tile_keys};
+  if (seqused_k) problem.seqused_k = as_vector("seqused_k", *seqused_k);
+  std::vector<varlen::PlannedTile> tiles;
+  {
+    const py::gil_scoped_release release;
+    tiles = varlen::plan_tiles(problem);
+  }
+  constexpr py::ssize_t kFields = 7;
+  static_assert(sizeof(varlen::PlannedTile) == kFields * sizeof(int32_t));
+  py::array_t<int32_t> table({static_cast<py::ssize_t>(tiles.size()), kFields});
+  auto* row = reinterpret_cast<varlen::PlannedTile*>(table.mutable_data());
+  std::copy(tiles.begin(), tiles.end(), row);
+  return table;
+}
+
+void def_tile_schedule(py::module_& m) {
+  m.def("tile_schedule",
+        &tile_schedule,
+        py::arg("cu_seqlens_q"),
+        py::arg("cu_seqlens_k"),
+        py::arg("seqused_k"),
+        py::arg("total_q"),
+        py::arg("total_k"),
+        py::arg("left"),
+        py::arg("right"),
+        py::arg("rows_per_query"),
+        py::arg("tile_rows"),
+        py::arg("tile_keys"),
+        "Query tiles, longest first: sequence, tile, first and last row, key begin and end, cost.");
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -114,4 +180,5 @@ PYBIND11_MODULE(_C, m) {
   def_packer(m, "next_fit", &varlen::next_fit);
   def_balancer(m, "balance_lpt", &varlen::balance_lpt);
   def_balancer(m, "balance_karmarkar_karp", &varlen::balance_karmarkar_karp);
+  def_tile_schedule(m);
 }
