@@ -122,6 +122,60 @@ double product_error(emu::Schedule schedule, int rows, Bug bug) {
   return worst;
 }
 
+// --- who runs next -------------------------------------------------------------------------------
+
+void check_ready_set() {
+  // Against a scan, on sets that shrink and grow.
+  constexpr int kCount = 1000;
+  std::mt19937 random(3);
+  emu::ReadySet set;
+  set.fill(kCount);
+  std::vector<bool> want(kCount, true);
+  for (int step = 0; step < 20000; ++step) {
+    const int i = int(random() % kCount);
+    const bool add = step / 2000 % 2 == 1 || (i > 900 && i % 7 == 0);
+    add ? set.add(i / 32, 1u << i % 32) : set.remove(i / 32, i % 32);
+    want[i] = add;
+    int next = int(random() % kCount);
+    const int from = next;
+    for (int seen = 0; seen < kCount && !want[next]; ++seen) next = (next + 1) % kCount;
+    if (set.empty() == want[next]) return expect(false, "emptiness of a ready set");
+    if (want[next] && set.next(from) != next) return expect(false, "next of a ready set");
+  }
+}
+
+void check_order(emu::Schedule schedule) {
+  // Every thread passes twice, with a warp barrier between.
+  auto log_of = [](emu::Schedule s) {
+    std::vector<int> log;
+    emu::launch({1, 1, 1}, {64, 1, 1}, 0, s, [&] {
+      log.push_back(int(vs::thread_index().x));
+      ptx::sync_warp();
+      log.push_back(int(vs::thread_index().x));
+    });
+    return log;
+  };
+  const std::vector<int> log = log_of(schedule);
+  expect(log.size() == 128, "threads that ran");
+  expect(log == log_of(schedule), "a schedule repeats");
+  std::vector<int> want;
+  auto lanes = [&](int first, int end) {
+    for (int i = first; i < end; ++i) want.push_back(i);
+  };
+  if (schedule.order == emu::Order::kWarpGreedy) {
+    // The last lane to arrive goes on; the other warp waits until this one is done.
+    lanes(0, 32), lanes(31, 32), lanes(0, 31), lanes(32, 64), lanes(63, 64), lanes(32, 63);
+  } else if (schedule.order == emu::Order::kRoundRobin) {
+    lanes(0, 32), lanes(31, 64), lanes(63, 64), lanes(0, 31), lanes(32, 63);
+  } else {
+    schedule.seed += 1;
+    want = log_of(schedule);
+    expect(log != want, "seeds differ");
+    return;
+  }
+  expect(log == want, "order of threads");
+}
+
 // --- one instruction at a time -------------------------------------------------------------------
 
 void check_collectives(emu::Schedule schedule) {
@@ -264,6 +318,8 @@ int main(int count, char** arguments) {
     std::printf("error %.2e %s\n", error, text.c_str());
     return error > 1e-3 ? 0 : 1;
   }
+  check_ready_set();
+  check_order(schedule);
   check_collectives(schedule);
   check_named_barriers(schedule);
   check_poison(schedule);
