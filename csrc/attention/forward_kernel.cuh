@@ -109,12 +109,12 @@ struct Forward {
     const auto* data =
         static_cast<const Element*>(p_.q.data) + work_->sequence.q0 * p_.q.row_stride;
     const RowOrder order = this->order();
-    const int32_t tile_row = work_->tile_row, rows = work_->rows;
-    tile::gather_rows_async<kThreads>(q_, thread_, p_.dim, [&](int r) -> const Element* {
-      if (tile_row + r >= rows) return nullptr;
-      const RowPlace row = order.at(tile_row + r);
-      return data + row.query * p_.q.row_stride + row.head * p_.q.head_stride;
-    });
+    const int32_t tile_row = work_->tile_row;
+    tile::gather_rows_async<kThreads>(
+        q_, thread_, work_->rows - tile_row, p_.dim, [&](int r) -> const Element* {
+          const RowPlace row = order.at(tile_row + r);
+          return data + row.query * p_.q.row_stride + row.head * p_.q.head_stride;
+        });
   }
 
   // Keys first_key on; those past the sequence's end become zero.

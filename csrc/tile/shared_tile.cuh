@@ -44,7 +44,7 @@ VARSTREAM_DEVICE void copy_row_async(const Tile& tile,
   for (int j = 0; j < Tile::kChunks / kLanes; ++j) {
     const int chunk = thread % kLanes + j * kLanes;
     const bool take = valid && chunk * kChunkElements < columns;
-    ptx::cp_async_16(tile.chunk(row, chunk), from + (take ? chunk * kChunkElements : 0), take);
+    ptx::cp_async_16(tile.chunk(row, chunk), from + chunk * kChunkElements, take);
   }
 }
 
@@ -69,19 +69,16 @@ VARSTREAM_DEVICE void copy_rows_async(const Tile& tile,
   }
 }
 
-// The same, row r from source(r), zero where that is null.
+// The same, row r from source(r), which is asked for rows 0 to `rows` only.
 template <int Threads, typename Tile, typename Source>
-VARSTREAM_DEVICE void gather_rows_async(const Tile& tile,
-                                        int thread,
-                                        int columns,
-                                        const Source& source) {
+VARSTREAM_DEVICE void gather_rows_async(
+    const Tile& tile, int thread, int rows, int columns, const Source& source) {
   constexpr int kStep = Threads / kCopyLanes<Tile::kChunks>;
   static_assert(Threads % kCopyLanes<Tile::kChunks> == 0 && Tile::kRows % kStep == 0);
   VARSTREAM_UNROLL
   for (int i = 0; i < Tile::kRows / kStep; ++i) {
     const int row = thread / kCopyLanes<Tile::kChunks> + i * kStep;
-    const typename Tile::Element* from = source(row);
-    copy_row_async(tile, row, thread, columns, from, from != nullptr);
+    copy_row_async(tile, row, thread, columns, source(row < rows ? row : 0), row < rows);
   }
 }
 
