@@ -77,7 +77,13 @@ def test_missing_module_says_how_to_build(monkeypatch: pytest.MonkeyPatch):
 
 def test_every_schema_is_there():
     operators = {
-        *("pack", "unpack", "varlen_attention", "varlen_attention_bwd"),
+        *(
+            "pack",
+            "unpack",
+            "varlen_attention",
+            "varlen_attention_composed",
+            "varlen_attention_bwd",
+        ),
         *("varlen_attention_bwd_accumulate", "linear_cross_entropy", "linear_distillation"),
         *("token_logprobs", "token_logprobs_bwd", "linear_bias_gelu", "linear_bias_gelu_bwd"),
         *("bias_residual_layer_norm", "bias_residual_layer_norm_bwd"),

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention/forward_launch.h"
 #include "build_config.h"
 #include "torch/cuda_shim.h"
 #include "varlen/balance.h"
@@ -30,6 +31,7 @@ py::list kernels() {
 #if VARSTREAM_WITH_CUDA
   for (const char* name : varlen::kRowCopyKernels) names.append(name);
   for (const char* name : varlen::kTileScheduleKernels) names.append(name);
+  for (const char* name : varstream::attention::kForwardKernels) names.append(name);
 #endif
   return names;
 }
