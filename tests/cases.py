@@ -25,6 +25,19 @@ LENGTH_PAIRS = {
     "block_edges": ([256, 257], [511, 513]),
 }
 
+# The same for kernels in tiles of 64 or 128 rows and keys: small, as they may be emulated.
+TILE_LENGTHS = {
+    "edges": [63, 64, 65, 1, 0],
+    "wide_edges": [127, 128, 129],
+    "one_huge_many_tiny": [*[1, 2, 3] * 3, 300, 0, *[5, 4] * 3],
+}
+TILE_LENGTH_PAIRS = {
+    "prefix": ([5, 0, 1, 17, 70], [5, 3, 1, 40, 130]),
+    "more_queries": ([7, 65, 0, 2], [3, 31, 4, 0]),
+    "one_query": ([1, 1, 1], [1, 129, 65]),
+    "key_edges": ([3, 64, 5, 2], [63, 64, 65, 128]),
+}
+
 # Lengths of the documents in streaming.md's check, and chunk sizes against them
 DOCUMENTS = [5, 1, 17, 0, 9, 23]
 CHUNKS = [1, 4, 7, 16, 1000]

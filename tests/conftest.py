@@ -7,6 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from attention_cases import BACKENDS, MARKS
+from emulation import emulated
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "emulated: runs kernels on the host's emulator")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -48,3 +54,14 @@ def _fresh_state():
     torch.use_deterministic_algorithms(deterministic)
     torch.set_grad_enabled(grad)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[pytest.param(name, marks=marks) for name, marks in MARKS.items()])
+def backend(request: pytest.FixtureRequest):
+    """Where a test's attention runs: the CPU's kernels, emulated ones, a GPU's."""
+    chosen = BACKENDS[request.param]
+    if chosen.name != "emulated":
+        yield chosen
+        return
+    with emulated():
+        yield chosen

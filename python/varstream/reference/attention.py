@@ -133,7 +133,8 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, opts: Options) -> tuple[T
                 out[rows] = merged[0]
                 lse[:, rows] = merged[1]
     if opts.sinks is not None:
-        _add_sinks(out, lse, opts.sinks.to(acc))
+        end = int(opts.cu_seqlens_q[-1])  # the tail from there on has no softmax to join
+        _add_sinks(out[:end], lse[:, :end], opts.sinks.to(acc))
     return out.to(q.dtype), lse
 
 

@@ -62,5 +62,5 @@ def keep_scale(
     words = torch.stack(philox4x32(counter, (seed & _MASK, (seed >> 32) & _MASK)), dim=-1)
     skip = int(keys[0]) % 4
     bits = words.reshape(len(heads), len(rows), -1)[..., skip : skip + len(keys)]
-    threshold = round(dropout_p * 2**32)
+    threshold = min(round(dropout_p * 2**32), _MASK)  # 32 bits hold it, whatever p below 1
     return (bits >= threshold).to(torch.float64) / (1.0 - dropout_p)

@@ -1,0 +1,56 @@
+// Ring 4. Operators that tests of emulated kernels steer them by. Built by tests/cpp only; the
+// kernels' own operators of this namespace are defined beside their bindings.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <string>
+
+#include "emu/counts.h"
+#include "emu/launch.h"
+#include "torch/checks.h"
+
+namespace varstream {
+namespace {
+
+using torch::stable::Tensor;
+
+// order: 0 warp-greedy, 1 round-robin, 2 random from seed.
+void set_schedule(int64_t order, int64_t seed) {
+  VARSTREAM_CHECK(0 <= order && order <= 2, "order must be 0, 1 or 2, got ", order);
+  emu::schedule() = {static_cast<emu::Order>(order), static_cast<uint64_t>(seed)};
+}
+
+// How often the instruction called name (emu/counts.h) has run since the counts were cleared.
+int64_t instruction_count(std::string name) {
+  const auto counts = emu::instruction_counts();
+  const auto found = counts.find(name);
+  return found == counts.end() ? 0 : found->second;
+}
+
+void clear_instruction_counts() {
+  emu::reset_instruction_counts();
+}
+
+// The byte after x (n,) uint8: a mistake on purpose, which shows that sanitizers watch tensors.
+int64_t read_past_the_end(Tensor x) {
+  const auto* bytes = static_cast<const volatile uint8_t*>(x.const_data_ptr());
+  return bytes[x.numel()];
+}
+
+}  // namespace
+}  // namespace varstream
+
+STABLE_TORCH_LIBRARY_FRAGMENT(varstream_emulated, m) {
+  m.def("set_schedule(int order, int seed) -> ()");
+  m.def("instruction_count(str name) -> int");
+  m.def("clear_instruction_counts() -> ()");
+  m.def("read_past_the_end(Tensor x) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(varstream_emulated, CompositeExplicitAutograd, m) {
+  m.impl("set_schedule", TORCH_BOX(&varstream::set_schedule));
+  m.impl("instruction_count", TORCH_BOX(&varstream::instruction_count));
+  m.impl("clear_instruction_counts", TORCH_BOX(&varstream::clear_instruction_counts));
+  m.impl("read_past_the_end", TORCH_BOX(&varstream::read_past_the_end));
+}

@@ -1,0 +1,138 @@
+"""The CUDA kernels on this machine's CPU: builds and loads the library of emulated kernels, and
+puts them in the place of the composed ones."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from varstream.ops import attention
+
+ROOT = Path(__file__).resolve().parent.parent
+SANITIZE = "VARSTREAM_EMULATED_SANITIZE"  # "1": the library built with sanitizers
+SCHEDULE = "VARSTREAM_EMULATED_SCHEDULE"  # the schedule where a test names none
+LOW = (torch.bfloat16, torch.float16)
+
+
+def cuda_headers() -> Path | None:
+    """Where cuda_bf16.h is: it compiles with a host compiler too."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).parent.parent, "/usr/local/cuda"]
+    found = [Path(home) / "include" for home in homes if home]
+    return next((p for p in found if (p / "cuda_bf16.h").is_file()), None)
+
+
+def missing() -> str | None:
+    """What this machine lacks to build emulated kernels."""
+    if shutil.which("g++") is None:
+        return "emulated kernels need g++"
+    return None if cuda_headers() else "emulated kernels need CUDA's headers (CUDA_HOME)"
+
+
+def skip_unless_buildable() -> None:
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+
+
+def tool(name: str) -> str:
+    """A build tool: of this Python's environment, else of PATH."""
+    found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
+    assert found, f"{name} is missing (requirements-dev.txt)"
+    return found
+
+
+def run(*command: str) -> None:
+    """Run a build tool, not under the sanitizers that this process may have preloaded."""
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
+
+
+def build(sanitize: bool) -> Path:
+    """The built library; builds only what has changed, and one process at a time."""
+    folder = ROOT / "build" / ("emulated-sanitized" if sanitize else "emulated")
+    folder.mkdir(parents=True, exist_ok=True)
+    configure = [
+        tool("cmake"),
+        *("-S", str(ROOT / "tests/cpp"), "-B", str(folder), "-G", "Ninja"),
+        f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+        "-DCMAKE_CXX_COMPILER=g++",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DCUDA_HEADERS={cuda_headers()}",
+        f"-DSANITIZE={'ON' if sanitize else 'OFF'}",
+    ]
+    wanted = "\n".join([*configure, torch.__version__])
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stamp = folder / ".configured"
+        if not stamp.is_file() or stamp.read_text() != wanted:
+            run(configure[0], "--fresh", *configure[1:])
+            stamp.write_text(wanted)
+        run(configure[0], "--build", str(folder))
+    return folder / "varstream_emulated.so"
+
+
+@functools.cache
+def library() -> Path | Exception:
+    """The library this process uses, or why it could not be built: tried once."""
+    try:
+        return build(os.environ.get(SANITIZE) == "1")
+    except Exception as error:
+        return error
+
+
+def load() -> Any:
+    """Build and load the library where that has not been done; returns its operators."""
+    skip_unless_buildable()
+    path = library()
+    if isinstance(path, Exception):
+        raise path
+    torch.ops.load_library(str(path))  # a second time does nothing
+    return torch.ops.varstream_emulated
+
+
+def choose_schedule(name: str | None = None) -> None:
+    """Order of the emulated threads: "warp-greedy", "round-robin", or the seed of a random one."""
+    name = name or os.environ.get(SCHEDULE, "warp-greedy")
+    orders = {"warp-greedy": (0, 0), "round-robin": (1, 0)}
+    order, seed = orders[name] if name in orders else (2, int(name))
+    load().set_schedule(order, seed)
+
+
+def _forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    if q.dtype in LOW:
+        return torch.ops.varstream_emulated.varlen_attention(q, *rest)
+    return attention._forward(q, *rest)
+
+
+@contextmanager
+def emulated(schedule: str | None = None) -> Iterator[Any]:
+    """varlen_attention of bfloat16 and float16 CPU tensors runs the emulated kernel inside.
+
+    Other dtypes and the backward stay with the composed kernels. Yields the library's operators.
+    """
+    operators = load()
+    choose_schedule(schedule)
+    library = torch.library.Library("varstream", "IMPL")
+    try:
+        with warnings.catch_warnings():  # that a kernel is overridden is the point
+            warnings.filterwarnings("ignore", message="(?s)Warning only once.*Overriding")
+            library.impl("varlen_attention", _forward, "CPU", allow_override=True)
+        yield operators
+    finally:
+        library._destroy()

@@ -1,0 +1,228 @@
+"""What only the attention kernels promise, emulated or on a GPU: lengths that lie are harmless,
+the order of threads changes nothing, what they can't take is refused by name."""
+
+import emulation
+import pytest
+import torch
+from attention_cases import HEADS, OPTIONS, make, on
+from cases import cu_seqlens
+
+import varstream as vs
+from varstream.ops.attention_call import Call, check_call
+
+DEFAULTS = {
+    "max_seqlen_q": None,
+    "max_seqlen_k": None,
+    "seqused_k": None,
+    "causal": False,
+    "window": (-1, -1),
+    "softmax_scale": None,
+    "softcap": 0.0,
+    "alibi_slopes": None,
+    "sinks": None,
+    "dropout_p": 0.0,
+    "deterministic": False,
+    "rng_state": None,
+}
+
+
+def call_kernel(backend, q, k, v, call: Call):
+    """The operator below the checks that Python makes: values in tensors go unseen."""
+    name = "varstream_emulated" if backend.name == "emulated" else "varstream"
+    operator = getattr(torch.ops, name).varlen_attention
+    out, lse = operator(*(backend.here(t) for t in (q, k, v, *call)))
+    return out.cpu(), lse.cpu()
+
+
+def case(backend, lq, lk, options, dtype=None, **shape):
+    """q, k, v without gradients and the arguments of the operator after them."""
+    q, k, v, keywords, _ = make(lq, lk, options, dtype=dtype or backend.dtypes[0], **shape)
+    q, k, v = (t.detach() for t in (q, k, v))
+    if "sinks" in keywords:
+        keywords["sinks"] = keywords["sinks"].detach()
+    arguments = DEFAULTS | {"cu_seqlens_q": cu_seqlens(lq), "cu_seqlens_k": cu_seqlens(lk)}
+    return q, k, v, check_call(q, k, v, **(arguments | keywords))
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+BIG = 2**31 - 1
+LIES = {
+    "falling": {"cu_seqlens_q": int32(0, 60, 20, 90), "cu_seqlens_k": int32(0, 99, 3, 130)},
+    "negative": {"cu_seqlens_q": int32(-5, 10, -70, 90), "cu_seqlens_k": int32(-9, 7, -1, 130)},
+    "past_the_rows": {"cu_seqlens_q": int32(0, 50, 91, 500), "cu_seqlens_k": int32(0, 131, 700, 9)},
+    "extreme": {
+        "cu_seqlens_q": int32(-BIG - 1, BIG, -BIG, BIG),
+        "cu_seqlens_k": int32(BIG, -BIG - 1, BIG, 0),
+    },
+    "all_rows_thrice": {
+        "cu_seqlens_q": int32(0, BIG, 0, BIG),
+        "cu_seqlens_k": int32(0, BIG, 0, BIG),
+    },
+    "seqused": {"seqused_k": int32(-3, 1000, BIG)},
+    "seqused_negative": {"seqused_k": int32(-BIG - 1, -1, 0)},
+}
+
+
+@on("emulated", "cuda")
+@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+def test_lengths_that_lie_stay_inside_the_tensors(backend, lie, options):
+    """Under sanitizers nothing outside is touched; everywhere the kernel comes back."""
+    q, k, v, call = case(backend, [30, 40, 20], [50, 40, 40], OPTIONS[options])
+    state = torch.tensor([1, 2])
+    for extra in ({}, {"dropout_p": 0.5, "rng_state": state}):
+        out, lse = call_kernel(backend, q, k, v, call._replace(**lie, **extra))
+        assert out.shape == q.shape and lse.shape == (HEADS, 90)
+
+
+@on("emulated", "cuda")
+@pytest.mark.parametrize("longest", [0, 1, 64, 10**6, 2**40])
+@pytest.mark.parametrize("options", ["causal", "everything"])
+def test_maxima_that_lie_change_nothing(backend, longest, options):
+    """They bound the schedule's order, not what is computed."""
+    lq, lk = [3, 70, 1], [150, 70, 9]
+    q, k, v, call = case(backend, lq, lk, OPTIONS[options])
+    want = call_kernel(backend, q, k, v, call)
+    lying = call._replace(max_seqlen_q=longest, max_seqlen_k=longest)
+    for got, expected in zip(call_kernel(backend, q, k, v, lying), want, strict=True):
+        assert torch.equal(got, expected)
+
+
+@on("emulated", "cuda")
+@pytest.mark.parametrize("options", ["plain", "everything"])
+def test_rows_that_no_sequence_holds_are_written(backend, options):
+    """The inert tail with no sequence at all, and after some."""
+    q, k, v, call = case(backend, [150], [150], OPTIONS[options])
+    for cu in (int32(0), int32(0, 0), int32(0, 3, 3, 20)):
+        inside = int(cu[-1])
+        out, lse = call_kernel(backend, q, k, v, call._replace(cu_seqlens_q=cu, cu_seqlens_k=cu))
+        assert (out[inside:] == 0).all() and (lse[:, inside:] == -torch.inf).all()
+        assert out.isfinite().all() and lse[:, :inside].isfinite().all()
+
+
+@pytest.mark.emulated
+def test_every_order_of_threads_gives_the_same_bits():
+    lengths = [70, 1, 0, 66]
+    with emulation.emulated() as operators:
+        for options in ("plain", "everything"):
+            found = []
+            for schedule in ("warp-greedy", "round-robin", "1", "2", "3"):
+                emulation.choose_schedule(schedule)
+                torch.manual_seed(0)
+                q, k, v, keywords, _ = make(lengths, lengths, OPTIONS[options], torch.bfloat16)
+                operators.clear_instruction_counts()
+                cu = cu_seqlens(lengths)
+                found.append(
+                    vs.varlen_attention(q, k, v, cu, return_lse=True, dropout_p=0.2, **keywords)
+                )
+                assert operators.instruction_count("mma") > 0
+            for out, lse in found[1:]:
+                assert torch.equal(out, found[0][0]) and torch.equal(lse, found[0][1])
+
+
+@pytest.mark.emulated
+def test_the_emulated_kernel_takes_its_dtypes_and_leaves_the_rest():
+    cu = cu_seqlens([9])
+
+    def mma_of(dtype):
+        q = torch.randn(9, 2, 16, dtype=dtype, requires_grad=True)
+        operators.clear_instruction_counts()
+        out = vs.varlen_attention(q, q, q, cu)
+        count = operators.instruction_count("mma")
+        out.sum().backward()
+        assert q.grad is not None and operators.instruction_count("mma") == count
+        return count
+
+    with emulation.emulated() as operators:
+        counts = [mma_of(t) for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)]
+    assert counts[0] == counts[1] > 0 and counts[2:] == [0, 0]
+    assert mma_of(torch.bfloat16) == 0
+
+
+@on("emulated", "cuda")
+def test_operator_contract(backend):
+    """Schema, fake and autograd of torch's operator, on the kernel."""
+    q, k, v, call = case(backend, [5, 3], [5, 9], OPTIONS["sinks"])
+    arguments = [backend.here(t) for t in (q, k, v, *call)]
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    operator = torch.ops.varstream.varlen_attention.default
+    torch.library.opcheck(operator, arguments, test_utils=tests)
+
+
+@on("emulated", "cuda")
+def test_compiles_whole(backend):
+    q, k, v, _ = case(backend, [5, 70], [5, 70], {})
+    q, k, v, cu = (backend.here(t) for t in (q, k, v, cu_seqlens([5, 70])))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(q, k, v, cu):
+        return vs.varlen_attention(q, k, v, cu, max_seqlen_q=70, causal=True, return_lse=True)
+
+    eager = vs.varlen_attention(q, k, v, cu, max_seqlen_q=70, causal=True, return_lse=True)
+    for got, want in zip(step(q, k, v, cu), eager, strict=True):
+        assert torch.equal(got, want)
+
+
+def of_shape(*shape, dtype=torch.bfloat16):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def part(shape, cut):
+    """A part of a tensor that is made on the back end's device: a copy there would be compact."""
+    return lambda here: cut(here(of_shape(*shape)))
+
+
+STRIDED = part((8, 16, HEADS), lambda t: t.transpose(1, 2))
+MISALIGNED = part((8, HEADS, 18), lambda t: t[..., 1:17])
+WIDE_ROWS = part((8, HEADS * 16 + 4), lambda t: t[:, : HEADS * 16].unflatten(1, (HEADS, 16)))
+EVERY_SECOND = part((3,), lambda t: t.int()[::2])
+REFUSED = {
+    "q_dim": ({"q": of_shape(8, 4, 12)}, "q must have a head dim that is a multiple of 8.* got 12"),
+    "q_wide": ({"q": of_shape(8, 4, 264)}, "q must have a head dim .* from 8 to 256.* got 264"),
+    "v_dim": ({"v": of_shape(8, 2, 20)}, "v must have a head dim that is a multiple of 8.* got 20"),
+    "k_dim": ({"k": of_shape(8, 2, 24)}, r"k must have q's head dim 16, got shape \(8, 2, 24\)"),
+    "dims": ({"q": of_shape(8, 64)}, r"q must have 3 dimensions .*, got shape \(8, 64\)"),
+    "heads": ({"q": of_shape(8, 3, 16)}, "q must have a multiple of k's 2 heads, got 3"),
+    "no_heads": ({"k": of_shape(8, 0, 16), "v": of_shape(8, 0, 16)}, "a multiple of k's 0 heads"),
+    "v_rows": ({"v": of_shape(9, 2, 16)}, "v must have k's rows and heads"),
+    "strided": ({"q": STRIDED}, r"q must be contiguous in its last dimension.* stride 4.*contig"),
+    "misaligned": ({"q": MISALIGNED}, "q must have heads that start at multiples of 16 bytes"),
+    "row_stride": ({"q": WIDE_ROWS}, r"multiples of 16 bytes, got strides \(68, 16, 1\)"),
+    "mix": ({"v": of_shape(8, 2, 16, dtype=torch.float16)}, "q, k and v must have one dtype"),
+    "cu_dtype": ({"cu_seqlens_q": torch.tensor([0, 8])}, "cu_seqlens_q must be a contiguous int32"),
+    "cu_strided": ({"cu_seqlens_k": EVERY_SECOND}, "cu_seqlens_k must be a contiguous"),
+    "cu_none": ({"cu_seqlens_q": int32()}, "cu_seqlens_q must have at least 1 entry"),
+    "batch": ({"cu_seqlens_k": int32(0, 3, 8)}, "cu_seqlens_k must have 2 entries.* got 3"),
+    "seqused": ({"seqused_k": int32(1, 2)}, r"seqused_k must have shape \(1\), got \(2\)"),
+    "slopes": ({"alibi_slopes": torch.ones(3)}, r"alibi_slopes must be floating.* got shape \(3\)"),
+    "sinks": ({"sinks": torch.ones(4, dtype=torch.int32)}, "sinks must be floating"),
+    "window": ({"window_left": -2}, "window must be at least -1"),
+    "softcap": ({"softcap": -1.0}, "softcap must be at least 0, got -1"),
+    "dropout": ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1"),
+    "rng": ({"dropout_p": 0.5}, "rng_state must be given"),
+    "rng_dtype": ({"dropout_p": 0.5, "rng_state": int32(1, 2)}, "rng_state must be an int64"),
+}
+
+
+@on("emulated", "cuda")
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_a_kernel_cannot_take_is_refused_by_name(backend, change, message):
+    q, k, v, call = case(backend, [8], [8], {}, torch.bfloat16)
+    tensors = {"q": q, "k": k, "v": v}
+    change = {name: t(backend.here) if callable(t) else t for name, t in change.items()}
+    options = {name: value for name, value in change.items() if name not in tensors}
+    tensors |= {name: change[name] for name in change if name in tensors}
+    with pytest.raises(RuntimeError, match=f"(?s){message}"):
+        call_kernel(backend, **tensors, call=call._replace(**options))
+
+
+@pytest.mark.emulated
+def test_the_emulated_kernel_refuses_other_dtypes():
+    q, k, v, _, _ = make([8], [8], {}, torch.float32)
+    arguments = DEFAULTS | {"cu_seqlens_q": cu_seqlens([8]), "cu_seqlens_k": None}
+    call = check_call(q, k, v, **arguments)
+    with emulation.emulated() as operators, pytest.raises(RuntimeError, match="q must be bfloat16"):
+        operators.varlen_attention(q, k, v, *call)
