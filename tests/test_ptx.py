@@ -7,6 +7,7 @@ which element, and the banks of shared memory.
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -303,6 +304,15 @@ def test_bank_conflicts_of_ldmatrix(twins, stride):
 
 
 # --- the device side ----------------------------------------------------------------------------
+
+
+def test_every_wrapper_is_compiled():
+    source = (ROOT / "tests/cpp/ptx_device.cu").read_text()
+    for header in (ROOT / "csrc/ptx").glob("*.cuh"):
+        assert f'#include "ptx/{header.name}"' in source
+        names = re.findall(r"VARSTREAM_DEVICE \S+ (\w+)\(", header.read_text())
+        missing = [n for n in names if not re.search(rf"\bptx::{n}\b", source)]
+        assert missing == [], header.name
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])

@@ -8,6 +8,7 @@
 #include "ptx/ldmatrix.cuh"
 #include "ptx/math.cuh"
 #include "ptx/mma.cuh"
+#include "ptx/opaque.cuh"
 #include "ptx/shared_memory.cuh"
 #include "ptx/warp.cuh"
 
@@ -26,7 +27,7 @@ struct Everything {
     constexpr size_t kBytes = kThreads * sizeof(uint4);
     auto* shared = ptx::shared_array<uint4>(0, kBytes);
     auto* slots = ptx::shared_array<int32_t>(kBytes, 4);
-    const int tid = static_cast<int>(vs::thread_index().x);
+    const int tid = ptx::opaque(static_cast<int>(vs::thread_index().x));
     const auto blocks = vs::grid_shape().x * vs::block_shape().x + vs::block_index().x;
 
     ptx::cp_async_16(shared + tid, p.from + tid, tid < p.n);
