@@ -156,7 +156,9 @@ struct Forward {
       ptx::sync_block();  // V is there, and nobody reads this K any more
       softmax.update(scores, out, p_.score_unit);
       if constexpr (Traits::kModified) {
-        if (p_.rng_state != nullptr) drop_weights(scores, place(first_key), p_);
+        if (p_.rng_state != nullptr) {
+          drop_weights(scores, place(first_key), p_, [](float& weight) { weight = 0.0f; });
+        }
       }
       tile::Operand<kTiles, kKeys / 16> weights;
       tile::round_to_operand<Element>(scores, weights);

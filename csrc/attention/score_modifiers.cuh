@@ -104,13 +104,14 @@ VARSTREAM_DEVICE void modify_scores(tile::Accumulator<Tiles, Columns>& scores,
   }
 }
 
-// Drops weights: the decision for (sequence, head, query, key) is one of the four words of Philox
-// at key / 4, so tiles don't matter. Neighbouring lanes hold the two halves of four keys; each
-// makes the words of one of the lane's two rows and they swap.
-template <int Tiles, int Columns>
+// Calls drop on the weights that dropout picks: the decision for (sequence, head, query, key) is
+// one of the four words of Philox at key / 4, so tiles don't matter. Neighbouring lanes hold the
+// two halves of four keys; each makes the words of one of the lane's two rows and they swap.
+template <int Tiles, int Columns, typename Drop>
 VARSTREAM_DEVICE void drop_weights(tile::Accumulator<Tiles, Columns>& weights,
                                    const ScorePlace& place,
-                                   const ForwardParams& p) {
+                                   const ForwardParams& p,
+                                   const Drop& drop) {
   const auto seed = static_cast<uint64_t>(p.rng_state[0]);
   const auto key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   const uint32_t offset = static_cast<uint32_t>(p.rng_state[1]) ^ uint32_t(place.index);
@@ -130,8 +131,8 @@ VARSTREAM_DEVICE void drop_weights(tile::Accumulator<Tiles, Columns>& weights,
         const uint32_t own = odd ? words.word[2 + e] : words.word[e];
         const uint32_t other = ptx::shuffle_xor(odd ? words.word[e] : words.word[2 + e], 1);
         const uint32_t word0 = odd ? other : own, word1 = odd ? own : other;
-        if (word0 < p.drop_below) weights[i][n][e] = 0.0f;
-        if (word1 < p.drop_below) weights[i][n][2 + e] = 0.0f;
+        if (word0 < p.drop_below) drop(weights[i][n][e]);
+        if (word1 < p.drop_below) drop(weights[i][n][2 + e]);
       }
     }
   }
