@@ -1,0 +1,148 @@
+"""Counts instructions in nvdisasm's listing of a cubin: of each kernel, and of its main loop."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+# What the main loop cannot do without: a branch around these is not taken.
+WORK = ("HMMA", "LDSM", "LDGSTS", "BAR")
+# Counted one by one in the main loop; the others together as "rest".
+NAMED = (
+    *("HMMA", "LDSM", "LDGSTS", "MUFU", "SHFL", "FFMA", "FMUL", "FADD", "FMNMX", "F2FP"),
+    *("IMAD", "IADD3", "LOP3", "CS2R"),
+)
+LOCAL = ("LDL", "STL")
+UNTYPED = ("LD", "ST")  # the address decides between global, shared and local memory
+
+
+@dataclass(frozen=True)
+class Instruction:
+    conditional: bool
+    opcode: str  # as HMMA.16816.F32.BF16
+    operands: str
+
+    @property
+    def base(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def label(self) -> str | None:
+        found = re.search(r"`\((\.\w+)\)", self.operands)
+        return found[1] if found else None
+
+    @property
+    def bits(self) -> int:
+        """Width of a load or store a thread."""
+        for part in self.opcode.split(".")[1:]:
+            if part in ("U8", "S8"):
+                return 8
+            if part in ("U16", "S16"):
+                return 16
+            if part in ("64", "128"):
+                return int(part)
+        return 32
+
+
+@dataclass(frozen=True)
+class Code:
+    instructions: list[Instruction]
+    labels: dict[str, int]  # to the index of the instruction that follows
+
+
+LINE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][A-Z0-9_.a-z]*)\s*(.*?)\s*;")
+
+
+def read(listing: str) -> dict[str, Code]:
+    """Each kernel's code, by mangled name."""
+    parts = re.split(r"^\.text\.(\S+):$", listing, flags=re.M)
+    kernels = {}
+    for name, text in zip(parts[1::2], parts[2::2], strict=True):
+        code = Code([], {})
+        for line in text.splitlines():
+            label = re.match(r"^(\.\w+):", line)
+            if label:
+                code.labels[label[1]] = len(code.instructions)
+            found = LINE.match(line)
+            if found:
+                predicate, opcode, operands = found.groups()
+                conditional = predicate is not None or (
+                    opcode == "BRA" and not operands.startswith("`")
+                )
+                code.instructions.append(Instruction(conditional, opcode, operands))
+        kernels[name] = code
+    return kernels
+
+
+def target(code: Code, at: int) -> int | None:
+    """Where the branch at an index leads; None for what is not one."""
+    instruction = code.instructions[at]
+    if instruction.base != "BRA" or instruction.label is None:
+        return None
+    return code.labels[instruction.label]
+
+
+def main_loop(code: Code) -> range | None:
+    """The smallest loop around every HMMA; None where there is none."""
+    hmma = [i for i, x in enumerate(code.instructions) if x.base == "HMMA"]
+    loops = []
+    for at in range(len(code.instructions)):
+        first = target(code, at)
+        if hmma and first is not None and first <= hmma[0] and hmma[-1] < at:
+            loops.append(range(first, at + 1))
+    return min(loops, key=len, default=None)
+
+
+def shortest_round(code: Code, loop: range) -> list[Instruction]:
+    """The shortest round of the loop that leaves out no work: without masks and modifiers."""
+    rest = {loop.stop: 0}  # instructions from here to the end of the round
+    following: dict[int, int] = {}
+    for at in reversed(loop):
+        to = target(code, at)
+        choices = [at + 1]
+        if to is not None and (at < to < loop.stop or to == loop.start):
+            skipped = code.instructions[at + 1 : to]
+            if not code.instructions[at].conditional:
+                choices = []
+            if to == loop.start:
+                choices.append(loop.stop)
+            elif not choices or not any(x.base in WORK for x in skipped):
+                choices.append(to)
+        following[at] = min(choices, key=lambda i: rest[i])
+        rest[at] = 1 + rest[following[at]]
+    passed, at = [], loop.start
+    while at in loop:
+        passed.append(code.instructions[at])
+        at = following[at]
+    return passed
+
+
+def counts(code: Code) -> dict[str, Any]:
+    every = Counter(x.base for x in code.instructions)
+
+    def widths(base: str) -> dict[str, int]:
+        return dict(
+            sorted(Counter(str(x.bits) for x in code.instructions if x.base == base).items())
+        )
+
+    found: dict[str, Any] = {
+        "instructions": len(code.instructions),
+        **{base: every[base] for base in ("LDSM", "HMMA")},
+        **{base: widths(base) for base in ("LDGSTS", "LDG", "STG")},
+        "local": sum(every[base] for base in LOCAL),
+        "untyped": sum(every[base] for base in UNTYPED),
+    }
+    loop = main_loop(code)
+    if loop is not None:
+        inside = Counter(code.instructions[i].base for i in loop)
+        found["loop"] = {base: inside[base] for base in ("LDSM", "HMMA", "LDG")}
+        path = Counter(x.base for x in shortest_round(code, loop))
+        mix = {base: path[base] for base in NAMED}
+        found["tile"] = {"all": path.total(), **mix, "rest": path.total() - sum(mix.values())}
+    return found
+
+
+def counts_by_kernel(listing: str) -> dict[str, dict[str, Any]]:
+    return {name: counts(code) for name, code in read(listing).items()}

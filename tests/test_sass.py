@@ -1,0 +1,138 @@
+"""The machine code of every kernel: instruction counts at the ideal, wide global loads, no local
+memory. What was counted stands in csrc/tools/budgets.json too, for machines without nvdisasm."""
+
+from __future__ import annotations
+
+import copy
+
+import kernels
+import pytest
+from kernels import COMMITTED, IDS, KEYS, kernel_table
+
+import kernel_build  # isort: skip  (csrc/tools, put on the path by kernels)
+import kernel_sass  # isort: skip
+
+PLAIN = COMMITTED["attention_forward bf16 128/128 plain", "sm_80"]
+MODIFIED = COMMITTED["attention_forward bf16 128/128 modified", "sm_80"]
+
+
+@pytest.mark.parametrize("key", KEYS, ids=IDS)
+def test_machine_code(key):
+    if kernel_build.nvdisasm() is None:
+        pytest.skip("needs nvdisasm: a CUDA toolkit, triton, or VARSTREAM_NVDISASM=path")
+    row = kernels.rows()[key]
+    assert kernel_table.violations(row, kernels.traits_of(row)) == []
+    if kernels.same_compiler():
+        assert kernel_table.differences(COMMITTED[key], row, same_compiler=True) == []
+
+
+def test_the_table_holds_every_kernel_s_counts():
+    assert [key for key in KEYS if "sass" not in COMMITTED[key]] == []
+    looped = [key for key in KEYS if "loop" in COMMITTED[key]["sass"]]
+    assert looped == [key for key in KEYS if "tile" in COMMITTED[key]]
+
+
+def test_the_ideal_by_hand():
+    """128 x 64 tile of head dim 128, four warps of 32 rows."""
+    ideal = kernel_table.forward_ideal(kernels.traits_of(PLAIN))
+    assert ideal == {
+        "LDSM": 8 * (2 + 4) + 4 * 8,  # 8 steps of 2 Q and 4 K fragments; 4 steps of 8 V fragments
+        "HMMA": 8 * 2 * 8 + 4 * 2 * 16,
+        "LDGSTS": (128 + 3 * 64) * 256 // 16 // 128,
+        "STG128": 128 * 256 // 16 // 128,
+        "STG32": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        (("LDSM",), 96, "LDSM: 96, not 80"),
+        (("HMMA",), 512, "HMMA: 512, not 256"),
+        (("loop", "HMMA"), 128, "HMMA in the loop: 128, not 256"),
+        (("LDGSTS",), {"32": 160}, "LDGSTS by width: {'32': 160}, not {'128': 40}"),
+        (
+            ("STG",),
+            {"32": 4, "64": 32},
+            "STG by width: {'32': 4, '64': 32}, not {'128': 16, '32': 4}",
+        ),
+        (("LDG",), {"128": 1}, "LDG wider than a scalar: 1, not 0"),
+        (("loop", "LDG"), 1, "LDG in the loop: 1, over 0"),
+        (("local",), 2, "loads and stores of local memory: 2, not 0"),
+        (("untyped",), 2, "loads and stores of unknown memory: 2, not 0"),
+    ],
+)
+def test_counts_off_the_ideal_miss_the_bar(path, value, complaint):
+    row = copy.deepcopy(PLAIN)
+    place = row["sass"]
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    assert kernel_table.violations(row, kernels.traits_of(row)) == [complaint]
+
+
+def test_modified_kernels_read_scalars_in_the_loop():
+    row = copy.deepcopy(MODIFIED)
+    assert row["sass"]["loop"]["LDG"] > 0
+    row["sass"]["loop"]["LDG"] = 8
+    assert kernel_table.violations(row, kernels.traits_of(row)) == ["LDG in the loop: 8, over 7"]
+
+
+def test_narrow_copies_of_16_byte_rows_miss_the_bar():
+    row = copy.deepcopy(COMMITTED["gather_rows 16-byte", "sm_90"])
+    row["sass"]["STG"] = {"32": 8}
+    [complaint] = kernel_table.violations(row, kernels.traits_of(row))
+    assert complaint == "STG by width: {'32'}, not {'128'}"
+
+
+# --- the reader of listings -----------------------------------------------------------------------
+
+LISTING = """
+\t.section\t.text.first,"ax",@progbits
+.text.first:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E.64 R2, [R4.64] ;
+        /*0020*/              @!P0 LDG.E.U16 R2, [R4.64] ;
+.L_x_0:
+        /*0030*/                   LDSM.16.M88.4 R4, [R8] ;
+        /*0040*/                   HMMA.16816.F32 R8, R4, R6, R8 ;
+        /*0050*/              @!P0 BRA `(.L_x_1) ;
+        /*0060*/               @P1 BRA `(.L_x_2) ;
+.L_x_1:
+        /*0070*/                   FSEL R8, R8, RZ, P0 ;
+        /*0080*/                   FSEL R9, R9, RZ, P0 ;
+        /*0090*/                   FSEL R9, R9, RZ, P0 ;
+.L_x_2:
+        /*00a0*/               @P2 BRA `(.L_x_3) ;
+        /*00b0*/                   LDGSTS.E.BYPASS.128 [R4], [R2.64], P0 ;
+.L_x_3:
+        /*00c0*/                   HMMA.16816.F32 R8, R4, R6, R8 ;
+        /*00d0*/                   BRA !P1, `(.L_x_0) ;
+        /*00e0*/                   STL [R1], R2 ;
+        /*00f0*/                   EXIT ;
+.L_x_4:
+        /*0100*/                   BRA `(.L_x_4);
+
+\t.section\t.text.second,"ax",@progbits
+.text.second:
+        /*0000*/                   ST.E [R2], R4 ;
+        /*0010*/                   STG.E.128 [R2.64], R4 ;
+        /*0020*/                   EXIT ;
+"""
+
+
+def test_listings_are_read():
+    first, second = (kernel_sass.counts_by_kernel(LISTING)[name] for name in ("first", "second"))
+    assert first["instructions"] == 17 and second["instructions"] == 3
+    assert (first["HMMA"], first["LDSM"], first["local"], first["untyped"]) == (2, 1, 1, 0)
+    assert first["LDG"] == {"16": 1, "64": 1} and first["LDGSTS"] == {"128": 1}
+    assert first["loop"] == {"LDSM": 1, "HMMA": 2, "LDG": 0}
+    # Round the FSELs by the second branch, not round the copy: it is work.
+    tile = first["tile"]
+    assert (tile["all"], tile["HMMA"], tile["LDGSTS"], tile["rest"]) == (8, 2, 1, 4)
+    assert second["STG"] == {"128": 1} and second["untyped"] == 1 and "loop" not in second
+
+
+def test_an_unrolled_loop_is_one_without_a_loop():
+    text = LISTING.replace("BRA !P1, `(.L_x_0)", "NOP")
+    assert "loop" not in kernel_sass.counts_by_kernel(text)["first"]
