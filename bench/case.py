@@ -70,6 +70,7 @@ class Setup:
             comparison with the reference.
         scales: by floor, the factor from the work that the run does to the work of the case.
         figures: from peak bytes by run and our result to further numbers of the case.
+        flops: operations of the task; where given, every run's rate becomes a figure.
         operand_bytes: bytes that a run reads; on CUDA, enough copies rotate to outgrow the cache.
     """
 
@@ -78,6 +79,7 @@ class Setup:
     verify: Callable[[Any], float] | None = None
     scales: Mapping[str, float] = field(default_factory=dict)
     figures: Callable[[Mapping[str, int], Any], Mapping[str, float]] | None = None
+    flops: float = 0.0
     operand_bytes: int = 0
 
 

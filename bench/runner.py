@@ -121,6 +121,8 @@ def _measure(case: Case, options: Options, entry: dict[str, Any], say: Say) -> N
     entry["unavailable"] = unavailable
     if setup.figures:
         entry["figures"] = dict(setup.figures(peaks, checked.ours))
+    if setup.flops:
+        entry["figures"] |= rates(setup.flops, seconds)
     for name in names:
         entry["runs"][name] = {
             "role": roles[name],
@@ -130,6 +132,18 @@ def _measure(case: Case, options: Options, entry: dict[str, Any], say: Say) -> N
             "ratio": None if name == OURS else timers.ratio(seconds, OURS, name),
             "peak_bytes": peaks.get(name),
         }
+
+
+def rates(flops: float, seconds: timers.Seconds) -> dict[str, float]:
+    """TFLOP/s of every run by its median time: ``tflops`` of ours, ``tflops/<run>`` of the others.
+
+    A floor's time has been scaled to the operations of the case: its figure is its own rate.
+    """
+    medians = {name: timers.summary(values)["median"] for name, values in seconds.items()}
+    return {
+        "tflops" if name == OURS else f"tflops/{name}": flops / median / 1e12
+        for name, median in medians.items()
+    }
 
 
 def _available(case: Case, options: Options, setup: Setup) -> tuple[list[str], dict[str, str]]:

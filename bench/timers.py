@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ Seconds = dict[str, list[float]]
 # Operands of one run rotate until together they are larger than any GPU's cache.
 COLD_BYTES = 512 << 20
 MOST_ROTATIONS = 16
+# The device waits about a millisecond before a timed call, so that the host is done launching a
+# call of few kernels before the first of them starts, as in a model whose queue is full.
+HEAD_START_CYCLES = 2_000_000
 
 
 def wall(call: Call) -> float:
@@ -30,13 +33,35 @@ def wall(call: Call) -> float:
 
 
 def cuda_events(call: Call) -> float:
-    """Seconds of one call on the current CUDA device, between two events."""
+    """Seconds of one call on the current CUDA device, between two events.
+
+    What the host takes to launch counts only beyond its head start.
+    """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START_CYCLES)
     start.record()
     call()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
+
+
+def kernel_seconds(call: Call, name: str, times: int = 10) -> float | None:
+    """Mean seconds that the kernels whose names hold ``name`` take in one call on the current CUDA
+    device, by torch's profiler; None where it sees none."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for _ in range(times):
+            call()
+        torch.cuda.synchronize()
+    return mean_seconds(profiler.key_averages(), name, times)
+
+
+def mean_seconds(kernels: Iterable[Any], name: str, times: int) -> float | None:
+    """Seconds a call from a profiler's averages over ``times`` calls (microseconds in all)."""
+    found = [k.self_device_time_total for k in kernels if name in k.key]
+    return sum(found) / times / 1e6 if sum(found) else None
 
 
 def timer_of(device: torch.device) -> Timer:

@@ -8,6 +8,7 @@ from ..case import Case
 from ..results import BenchError
 from . import (
     attention,
+    attention_forward,
     attention_options,
     batching,
     collation,
@@ -27,6 +28,7 @@ TOPICS = (
     packing,
     attention,
     attention_options,
+    attention_forward,
     merge,
     head,
     head_peers,

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import varstream as vs
 
-from .. import floors, peers
+from .. import floors, lengths, peers
 from ..case import Bar, Case, Peer, Setup, Shape, floor
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
@@ -45,8 +45,8 @@ class Operands:
 
         self.packed = [normal().requires_grad_() for _ in range(3)]
         self.dout = normal()
-        lengths = torch.tensor(self.lengths)
-        self.real = (torch.arange(self.seqlen) < lengths[:, None]).to(device)  # (B, S)
+        real = torch.arange(self.seqlen) < torch.tensor(self.lengths)[:, None]
+        self.real = real.to(device)  # (B, S)
         self.padded = [self.pad(t).requires_grad_() for t in self.packed]
         self.padded_dout = self.pad(self.dout)
         mask = self.real[:, None, None, :].expand(-1, 1, self.seqlen, -1)
@@ -72,7 +72,7 @@ class Operands:
         """Operations of the visible scores: 2 products forward and 5 backward, 2 each a score and
         element of the head dimension."""
         _, heads, width = self.packed[0].shape
-        pairs = sum(n * (n + 1) / 2 if self.causal else n * n for n in self.lengths)
+        pairs = lengths.visible_pairs(self.lengths, self.causal)
         return (2 + 5 * backward) * 2 * pairs * heads * width
 
 
