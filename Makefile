@@ -68,8 +68,8 @@ docs: $(INSTALLED) ## Build the documentation, build/docs/index.html
 	$(PYTHON) -m sphinx -W --keep-going -q -b html docs build/docs
 	@echo "build/docs/index.html"
 
-gpu: ## On a machine with a GPU: build, check symbols, test, sanitize, measure into bench/results
-	@bash bench/gpu.sh "$(if $(filter command line environment,$(origin PYTHON)),$(PYTHON),python3)"
+gpu: ## On a machine with a GPU: build, test, sanitize, measure into bench/results (STEPS="build test")
+	@PYTHON="$(if $(filter command line environment,$(origin PYTHON)),$(PYTHON),python3)" bash bench/gpu.sh $(STEPS)
 
 clean: ## Remove what was built, keep .venv
 	rm -rf build dist
