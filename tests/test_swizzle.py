@@ -1,5 +1,7 @@
-"""Where shared tiles keep their chunks (csrc/tile/swizzle.cuh), against swizzles and bank analysis of
-tensor-layouts. The compiler proves the same of every tile by static_assert."""
+"""Where shared tiles keep their chunks (csrc/tile/swizzle.cuh), against tensor-layouts.
+
+The compiler proves the absence of bank conflicts for every tile too, by static_assert.
+"""
 
 from __future__ import annotations
 
