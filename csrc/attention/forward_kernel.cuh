@@ -184,7 +184,7 @@ struct Forward {
         const RowPlace row = order.at(r);
         const float sink = sunk && r < rows ? p_.sinks[row.head] * kLog2E : tile::minus_infinity();
         const tile::RowResult result =
-            tile::finish_row(softmax.top[i][h] * p_.score_unit, softmax.row_total(i, h), sink);
+            tile::finish_row(softmax.top[i][h], softmax.row_total(i, h), sink);
         if (thread_ % 4 == 0 && r < rows) {
           p_.lse[int64_t{row.head} * p_.lengths.total_q + q0 + row.query] =
               result.log2_total * kLn2;
@@ -206,7 +206,7 @@ struct Forward {
         q_, warp_row(), lane(), p_.value_dim, [&](int r) -> Element* {
           if (tile_row + r >= rows) return nullptr;
           const RowPlace row = order.at(tile_row + r);
-          return data + row.query * row_stride + row.head * p_.value_dim;
+          return data + row.query * row_stride + int64_t{row.head} * p_.value_dim;
         });
   }
 };

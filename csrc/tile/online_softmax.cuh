@@ -18,8 +18,8 @@ VARSTREAM_DEVICE float minus_infinity() {
 // The running state of 2 Tiles rows a lane: row 16 i + 8 h + lane / 4 at [i][h].
 template <int Tiles>
 struct OnlineSoftmax {
-  float top[Tiles][2];    // largest score so far, in the accumulators' unit; -inf: none
-  float total[Tiles][2];  // this lane's share of the sum of 2^(score - top)
+  float top[Tiles][2];    // largest score so far in log2 units, rounded; -inf: none
+  float total[Tiles][2];  // this lane's share of the sum of 2^(unit * score - top)
 
   VARSTREAM_DEVICE void reset() {
     VARSTREAM_UNROLL
@@ -29,8 +29,11 @@ struct OnlineSoftmax {
     }
   }
 
-  // Turns scores into weights 2^(unit * (score - top)) and shrinks what came before to the new top.
+  // Turns scores into weights 2^(unit * score - top) and shrinks what came before to the new top.
   // A score of -inf weighs nothing, also where the whole row is hidden so far.
+  //
+  // Tops are compared after they were multiplied and rounded: an unchanged top then shrinks by
+  // exactly 1. A product fused into the difference would not, and each tile would add its error.
   template <int Columns, int OutColumns>
   VARSTREAM_DEVICE void update(Accumulator<Tiles, Columns>& scores,
                                Accumulator<Tiles, OutColumns>& out,
@@ -39,16 +42,17 @@ struct OnlineSoftmax {
     for (int i = 0; i < Tiles; ++i) {
       VARSTREAM_UNROLL
       for (int h = 0; h < 2; ++h) {
-        float largest = top[i][h];
+        float largest = fmaxf(scores[i][0][2 * h], scores[i][0][2 * h + 1]);
         VARSTREAM_UNROLL
-        for (int n = 0; n < Columns; ++n) {
+        for (int n = 1; n < Columns; ++n) {
           largest = fmaxf(largest, fmaxf(scores[i][n][2 * h], scores[i][n][2 * h + 1]));
         }
         largest = fmaxf(largest, ptx::shuffle_xor(largest, 1));
         largest = fmaxf(largest, ptx::shuffle_xor(largest, 2));
-        const float base = largest == minus_infinity() ? 0.0f : largest * unit;
-        const float shrink = ptx::exp2_approx(top[i][h] * unit - base);
-        top[i][h] = largest;
+        const float before = top[i][h];
+        top[i][h] = fmaxf(before, largest * unit);
+        const float base = top[i][h] == minus_infinity() ? 0.0f : top[i][h];
+        const float shrink = ptx::exp2_approx(before - base);
         float sum = total[i][h] * shrink;
         VARSTREAM_UNROLL
         for (int n = 0; n < Columns; ++n) {
@@ -87,10 +91,11 @@ struct RowResult {
 VARSTREAM_DEVICE RowResult finish_row(float top, float total, float sink) {
   const float own = total == 0.0f ? minus_infinity() : top + ptx::log2_approx(total);
   if (sink == minus_infinity()) return {own, total == 0.0f ? 0.0f : 1.0f / total};
-  const float larger = fmaxf(own, sink);
-  const float all =
-      larger + ptx::log2_approx(ptx::exp2_approx(own - larger) + ptx::exp2_approx(sink - larger));
-  return {all, total == 0.0f ? 0.0f : ptx::exp2_approx(own - all) / total};
+  // The smaller share over the larger one: 0 where only one of them is infinite.
+  const float ratio = ptx::exp2_approx(-fabsf(own - sink));
+  const float both = 1.0f + ratio;
+  const float share = own >= sink ? 1.0f : ratio;
+  return {fmaxf(own, sink) + ptx::log2_approx(both), total == 0.0f ? 0.0f : share / (both * total)};
 }
 
 }  // namespace varstream::tile
