@@ -9,6 +9,10 @@
 
 namespace varstream::attention {
 
+// Most rows of a tensor, and of a sequence where heads share a tile: the rows and keys of a tile
+// that reaches past the last one are still counted in 32 bits.
+inline constexpr int64_t kMaxRows = (int64_t{1} << 31) - 256;
+
 // Rows of (total, heads, dim) 16-bit values; the last dimension is contiguous, rows and heads
 // start at multiples of 16 bytes. Strides in elements.
 struct Rows {
@@ -59,7 +63,7 @@ inline int32_t packed_heads(int64_t total_q, int64_t batch, int32_t group, int32
   const int64_t mean = batch > 0 ? ceil_div(total_q, batch) : 0;
   const int64_t apart = ceil_div(mean, int64_t{tile_rows}) * group;
   const int64_t together = ceil_div(mean * group, int64_t{tile_rows});
-  const bool rows_fit = total_q * group < (int64_t{1} << 31);
+  const bool rows_fit = total_q * group <= kMaxRows;
   return together < apart && rows_fit ? group : 1;
 }
 

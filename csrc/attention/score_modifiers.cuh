@@ -25,7 +25,7 @@ struct RowOrder {
 
   VARSTREAM_DEVICE RowPlace at(int32_t row) const {
     const auto query = static_cast<int32_t>(pack.quotient(row));
-    return {query, head + row - query * static_cast<int32_t>(pack.value)};
+    return {query, head + (row - query * static_cast<int32_t>(pack.value))};
   }
 };
 
@@ -89,7 +89,8 @@ VARSTREAM_DEVICE void modify_scores(tile::Accumulator<Tiles, Columns>& scores,
       const bool sloped = p.alibi_slopes != nullptr && row.query < place.sequence.sq;
       const float slope =
           sloped ? p.alibi_slopes[place.index * p.alibi_batch_stride + row.head] : 0.0f;
-      const int32_t distance = place.key() - (row.query + place.sequence.sk - place.sequence.sq);
+      const int32_t distance =  // the differences fit 31 bits, sums of lengths might not
+          (place.key() - place.sequence.sk) + (place.sequence.sq - row.query);
       VARSTREAM_UNROLL
       for (int n = 0; n < Columns; ++n) {
         VARSTREAM_UNROLL
@@ -119,7 +120,7 @@ VARSTREAM_DEVICE void drop_weights(tile::Accumulator<Tiles, Columns>& weights,
   VARSTREAM_UNROLL
   for (int i = 0; i < Tiles; ++i) {
     const RowPlace row = place.order.at(place.row(i, odd ? 1 : 0));
-    const auto query = uint32_t(row.query + place.sequence.sk - place.sequence.sq);
+    const auto query = uint32_t(row.query - place.sequence.sq) + uint32_t(place.sequence.sk);
     VARSTREAM_UNROLL
     for (int n = 0; n < Columns; ++n) {
       const uint32_t quad = uint32_t(place.first_key + 8 * n) / 4 + uint32_t(place.lane % 4 / 2);

@@ -8,6 +8,7 @@
 #include <limits>
 #include <optional>
 
+#include "attention/forward_params.h"
 #include "torch/checks.h"
 #include "varlen/sequence.h"
 
@@ -29,15 +30,27 @@ inline varlen::Window window_of(const AttentionOptions& o) {
   return {bounded(o.window_left), o.causal ? 0 : bounded(o.window_right)};
 }
 
+inline constexpr int64_t kWord = 8;  // 16-bit values in the 16 bytes that a kernel moves at a time
+
+// Whether the heads of t (rows, heads, dim) start at multiples of 16 bytes.
+inline bool heads_aligned(const torch::stable::Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 &&
+         (t.size(0) == 1 || t.stride(0) % kWord == 0) &&
+         (t.size(1) == 1 || t.stride(1) % kWord == 0);
+}
+
 // q, k or v: (rows, heads, dim) whose heads start at multiples of 16 bytes.
 inline void check_rows(const torch::stable::Tensor& t, const char* name) {
-  constexpr int64_t kWord = 8;  // 16-bit values in 16 bytes
   VARSTREAM_CHECK(
       t.dim() == 3, name, " must have 3 dimensions (rows, heads, dim), got shape ", shape_text(t));
-  VARSTREAM_CHECK(t.size(0) <= std::numeric_limits<int32_t>::max(),
+  VARSTREAM_CHECK(t.size(0) <= attention::kMaxRows,
                   name,
-                  " must have fewer than 2^31 rows, got ",
+                  " must have at most 2^31 - 256 rows, got ",
                   t.size(0));
+  VARSTREAM_CHECK(t.size(1) <= std::numeric_limits<int32_t>::max(),
+                  name,
+                  " must have fewer than 2^31 heads, got ",
+                  t.size(1));
   VARSTREAM_CHECK(t.size(2) >= kWord && t.size(2) <= 256 && t.size(2) % kWord == 0,
                   name,
                   " must have a head dim that is a multiple of 8, from 8 to 256, in bfloat16 and "
@@ -49,10 +62,7 @@ inline void check_rows(const torch::stable::Tensor& t, const char* name) {
                   " must be contiguous in its last dimension (stride 1), got stride ",
                   t.stride(2),
                   "; call .contiguous()");
-  const bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 &&
-                       (t.size(0) == 1 || t.stride(0) % kWord == 0) &&
-                       (t.size(1) == 1 || t.stride(1) % kWord == 0);
-  VARSTREAM_CHECK(aligned,
+  VARSTREAM_CHECK(heads_aligned(t),
                   name,
                   " must have heads that start at multiples of 16 bytes, got strides (",
                   t.stride(0),
@@ -85,6 +95,9 @@ inline void check_attention_options(const torch::stable::Tensor& q, const Attent
   check_int32_vector(o.cu_seqlens_k, "cu_seqlens_k", q);
   const int64_t batch = o.cu_seqlens_q.size(0) - 1;
   VARSTREAM_CHECK(batch >= 0, "cu_seqlens_q must have at least 1 entry, got 0");
+  VARSTREAM_CHECK(batch < std::numeric_limits<int32_t>::max(),
+                  "cu_seqlens_q must have fewer than 2^31 entries, got ",
+                  batch + 1);
   VARSTREAM_CHECK(o.cu_seqlens_k.size(0) == batch + 1,
                   "cu_seqlens_k must have ",
                   batch + 1,

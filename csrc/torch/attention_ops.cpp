@@ -34,8 +34,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
+// A dimension of size 1 may have any stride, also one that isn't aligned: 0 keeps the addresses of
+// rows past the end, which copies form and don't read, like those of the others.
 attention::Rows as_rows(const Tensor& t) {
-  return {t.const_data_ptr(), t.stride(0), t.stride(1)};
+  const auto stride = [&](int64_t axis) { return t.size(axis) == 1 ? 0 : t.stride(axis); };
+  return {t.const_data_ptr(), stride(0), stride(1)};
 }
 
 // A contiguous float32 copy of slopes or sinks, which may come in any floating dtype.
@@ -77,15 +80,15 @@ Tensor schedule_tiles(attention::ForwardParams& p,
                   slots * (p.heads / pack));
   p.slots = divisor(static_cast<uint32_t>(slots));
   p.pack = divisor(static_cast<uint32_t>(pack));
+  // The maximum is a bound the caller knows without reading lengths; the rows are another.
+  const int64_t longest = varlen::clamp<int64_t>(max_seqlen_k, 0, p.lengths.total_k);
   p.section_heads = divisor(static_cast<uint32_t>(attention::section_heads(
-      p.heads / group, group / pack, max_seqlen_k, int64_t{p.dim} + p.value_dim)));
+      p.heads / group, group / pack, longest, int64_t{p.dim} + p.value_dim)));
   const std::array<int64_t, 2> size{slots, 2};
   Tensor tiles = torch::stable::new_empty(q, {size.data(), size.size()}, ScalarType::Int);
   auto* out = reinterpret_cast<varlen::QueryTile*>(tiles.mutable_data_ptr<int32_t>());
   p.tiles = out;
-  const int64_t longest = ceil_div(std::max<int64_t>(max_seqlen_k, 0), int64_t{shape.tile_keys});
-  const auto max_cost =
-      static_cast<int32_t>(std::min<int64_t>(longest, std::numeric_limits<int32_t>::max()));
+  const auto max_cost = static_cast<int32_t>(ceil_div(longest, int64_t{shape.tile_keys}));
   varlen::launch_tile_schedule({p.lengths,
                                 p.window,
                                 pack,
