@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,17 +114,29 @@ def choose_schedule(name: str | None = None) -> None:
     load().set_schedule(order, seed)
 
 
-def _forward(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    if q.dtype in LOW:
-        return torch.ops.varstream_emulated.varlen_attention(q, *rest)
-    return attention._forward(q, *rest)
+def _emulated(name: str, composed: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator's emulated kernel for bfloat16 and float16, else its composed one."""
+
+    def run(first: Tensor, *rest: Any) -> Any:
+        kernel = getattr(torch.ops.varstream_emulated, name)
+        return (kernel if first.dtype in LOW else composed)(first, *rest)
+
+    return run
+
+
+KERNELS = {
+    "varlen_attention": attention._forward,
+    "varlen_attention_bwd": attention._backward,
+    "varlen_attention_bwd_accumulate": attention._backward_accumulate,
+}
 
 
 @contextmanager
 def emulated(schedule: str | None = None) -> Iterator[Any]:
-    """varlen_attention of bfloat16 and float16 CPU tensors runs the emulated kernel inside.
+    """varlen_attention and its backward, of bfloat16 and float16 CPU tensors, run the emulated
+    kernels inside.
 
-    Other dtypes and the backward stay with the composed kernels. Yields the library's operators.
+    Other dtypes stay with the composed kernels. Yields the library's operators.
     """
     operators = load()
     choose_schedule(schedule)
@@ -132,7 +144,8 @@ def emulated(schedule: str | None = None) -> Iterator[Any]:
     try:
         with warnings.catch_warnings():  # that a kernel is overridden is the point
             warnings.filterwarnings("ignore", message="(?s)Warning only once.*Overriding")
-            library.impl("varlen_attention", _forward, "CPU", allow_override=True)
+            for name, composed in KERNELS.items():
+                library.impl(name, _emulated(name, composed), "CPU", allow_override=True)
         yield operators
     finally:
         library._destroy()

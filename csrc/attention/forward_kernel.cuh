@@ -7,6 +7,7 @@
 
 #include "attention/forward_params.h"
 #include "attention/forward_traits.h"
+#include "attention/query_work.cuh"
 #include "attention/score_modifiers.cuh"
 #include "common/thread.h"
 #include "ptx/barrier.cuh"
@@ -14,6 +15,7 @@
 #include "ptx/shared_memory.cuh"
 #include "tile/fragment.cuh"
 #include "tile/online_softmax.cuh"
+#include "tile/product.cuh"
 #include "tile/shared_tile.cuh"
 
 namespace varstream::attention {
@@ -35,7 +37,7 @@ struct Forward {
 
   static VARSTREAM_DEVICE void run(const Params& p) {
     const Forward block(p);
-    if (thread_index().x == 0) *block.work_ = find_work(p);
+    if (thread_index().x == 0) *block.work_ = find_query_work(p, kRows);
     ptx::sync_block();
     if (block.work_->index < 0) return;
     Output out;
@@ -47,23 +49,11 @@ struct Forward {
   }
 
  private:
-  // What a block does. It lies in shared memory: registers belong to the accumulators.
-  struct Work {
-    int32_t index;  // of the sequence; -1: nothing
-    varlen::Sequence sequence;
-    int32_t head;             // the first of those packed into the rows
-    int32_t tile_row;         // of the sequence's rows
-    int32_t rows;             // of the sequence
-    varlen::KeyRange seen;    // by any row of the tile
-    varlen::KeyRange shared;  // by all of them
-  };
-  static_assert(sizeof(Work) <= Traits::kWorkBytes);
-
   const Params& p_;
   const QTile q_;
   const KTile k_;
   const VTile v_;
-  Work* const work_;
+  QueryWork* const work_;
   const int thread_;
 
   VARSTREAM_DEVICE explicit Forward(const Params& p)
@@ -71,31 +61,8 @@ struct Forward {
         q_{ptx::shared_array<Element>(0, Traits::kQBytes)},
         k_{ptx::shared_array<Element>(Traits::kQBytes, Traits::kKBytes)},
         v_{ptx::shared_array<Element>(Traits::kQBytes + Traits::kKBytes, Traits::kVBytes)},
-        work_(ptx::shared_array<Work>(Traits::kTileBytes, Traits::kWorkBytes)),
+        work_(ptx::shared_array<QueryWork>(Traits::kTileBytes, kQueryWorkBytes)),
         thread_(static_cast<int>(thread_index().x)) {}
-
-  static VARSTREAM_DEVICE Work find_work(const Params& p) {
-    // block = (section * slots + slot) * section_heads + head of the section
-    const uint32_t block = block_index().x;
-    const uint32_t row = p.section_heads.quotient(block), section = p.slots.quotient(row);
-    const varlen::QueryTile at = p.tiles[row - section * p.slots.value];
-    Work work{};
-    work.index = at.sequence;
-    if (at.sequence < 0) return work;
-    const uint32_t head_slot = block - (row - section) * p.section_heads.value;
-    work.sequence = varlen::sequence_at(p.lengths, at.sequence);
-    work.head = static_cast<int32_t>(head_slot * p.pack.value);
-    work.tile_row = at.tile * kRows;
-    work.rows = work.sequence.sq * static_cast<int32_t>(p.pack.value);
-    const int32_t end = work.rows < work.tile_row + kRows ? work.rows : work.tile_row + kRows;
-    const auto first = static_cast<int32_t>(p.pack.quotient(work.tile_row));
-    const auto last = static_cast<int32_t>(p.pack.quotient(end - 1));
-    const int32_t sq = work.sequence.sq, sk = work.sequence.sk;
-    work.seen = varlen::visible_keys(first, last, sq, sk, p.window);
-    work.shared = {varlen::visible_keys(last, sq, sk, p.window).begin,
-                   varlen::visible_keys(first, sq, sk, p.window).end};
-    return work;
-  }
 
   VARSTREAM_DEVICE int lane() const { return ptx::opaque(thread_) % 32; }
   VARSTREAM_DEVICE int warp_row() const { return ptx::opaque(thread_) / 32 * Traits::kWarpRows; }
@@ -105,36 +72,18 @@ struct Forward {
         work_->sequence, work_->index, order(), work_->tile_row + warp_row(), first_key, lane()};
   }
 
-  VARSTREAM_DEVICE void load_q() const {
-    const auto* data =
-        static_cast<const Element*>(p_.q.data) + work_->sequence.q0 * p_.q.row_stride;
-    const RowOrder order = this->order();
-    const int32_t tile_row = work_->tile_row;
-    tile::gather_rows_async<kThreads>(
-        q_, thread_, work_->rows - tile_row, p_.dim, [&](int r) -> const Element* {
-          const RowPlace row = order.at(tile_row + r);
-          return data + row.query * p_.q.row_stride + row.head * p_.q.head_stride;
-        });
-  }
-
-  // Keys first_key on; those past the sequence's end become zero.
   template <typename Tile>
-  VARSTREAM_DEVICE void load_keys(const Tile& to,
-                                  const Rows& from,
-                                  int dim,
-                                  int32_t first_key) const {
-    const auto* data = static_cast<const Element*>(from.data) +
-                       p_.group.quotient(work_->head) * from.head_stride +
-                       (int64_t{work_->sequence.k0} + first_key) * from.row_stride;
-    tile::copy_rows_async<kThreads>(
-        to, ptx::opaque(thread_), data, from.row_stride, work_->sequence.sk - first_key, dim);
+  VARSTREAM_DEVICE void load_keys(const Tile& to, const Rows& from, int dim, int32_t first) const {
+    load_key_rows<kThreads>(
+        to, ptx::opaque(thread_), from, work_->sequence, work_->kv_head, first, dim);
   }
 
   // Adds up the keys that the tile's rows see, from the last tile of keys to the first.
   VARSTREAM_DEVICE void walk(Output& out, tile::OnlineSoftmax<kTiles>& softmax) const {
     if (work_->seen.begin >= work_->seen.end) return;
     int32_t key_tile = (work_->seen.end - 1) / kKeys;
-    load_q();
+    load_query_rows<kThreads>(
+        q_, thread_, p_.q, work_->sequence, order(), work_->tile_row, work_->rows, p_.dim);
     load_keys(k_, p_.k, p_.dim, key_tile * kKeys);
     ptx::cp_async_commit();
     for (; key_tile >= work_->seen.begin / kKeys; --key_tile) {
@@ -146,8 +95,11 @@ struct Forward {
 
       Scores scores;
       tile::clear(scores);
-      tile::multiply_rows_by_rows(scores, q_, warp_row(), k_, lane());
-      if constexpr (Traits::kModified) modify_scores(scores, place(first_key), p_);
+      tile::multiply<Traits::kDim / 16, tile::Read::kAlong, tile::Read::kAlong>(
+          scores, q_, warp_row(), k_, 0, lane());
+      if constexpr (Traits::kModified) {
+        modify_scores(scores, place(first_key), p_, [](int, int, int, float) {});
+      }
       if (first_key < work_->shared.begin || first_key + kKeys > work_->shared.end) {
         hide_keys(scores, place(first_key), p_.window);
       }
@@ -198,7 +150,7 @@ struct Forward {
       }
     }
     ptx::sync_warp();
-    tile::store_accumulator(out, q_, warp_row(), lane());
+    tile::store_changed(out, q_, warp_row(), 0, lane(), [](float value) { return value; });
     ptx::sync_warp();
     const int64_t row_stride = int64_t{p_.heads} * p_.value_dim;
     auto* data = static_cast<Element*>(p_.out) + q0 * row_stride;

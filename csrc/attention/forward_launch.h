@@ -1,15 +1,12 @@
 // Ring 3. Launches attention forward; declared without CUDA headers so bindings stay light.
 #pragma once
 
-#include <cstdint>
-
 #include "attention/forward_params.h"
+#include "attention/head_dims.h"
 
 namespace varstream::attention {
 
 inline constexpr const char* kForwardKernels[] = {"attention_forward"};
-
-enum class Dtype { kBfloat16, kFloat16 };
 
 // Tile sizes of the instance that serves these head dims.
 struct ForwardShape {

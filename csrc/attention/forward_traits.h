@@ -64,7 +64,7 @@ struct ForwardTraits : ForwardTile<Dim, ValueDim, Modified> {
   static constexpr size_t kKBytes = size_t{2} * Sizes::kKeys * kDim;
   static constexpr size_t kVBytes = size_t{2} * Sizes::kKeys * kValueDim;
   static constexpr size_t kTileBytes = kQBytes + kKBytes + kVBytes;
-  static constexpr size_t kWorkBytes = 128;  // what the block has to do
+  static constexpr size_t kWorkBytes = 128;  // a QueryWork
   static constexpr size_t kSharedBytes = kTileBytes + kWorkBytes;
   static_assert(kSharedBytes <= (99 << 10), "sm_86 and sm_89 have 99 KB");
 };

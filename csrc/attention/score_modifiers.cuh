@@ -71,34 +71,53 @@ VARSTREAM_DEVICE void hide_keys(tile::Accumulator<Tiles, Columns>& scores,
 
 // tanh through one exponential: absolute error about 2^-22, so the capped score's is cap * 2^-22.
 VARSTREAM_DEVICE float tanh_by_exp2(float x) {
-  return 1.0f - 2.0f / (1.0f + ptx::exp2_approx(2.0f * kLog2E * x));
+  return 1.0f - 2.0f * ptx::reciprocal_approx(1.0f + ptx::exp2_approx(2.0f * kLog2E * x));
 }
 
-// q k into log2 units: log2(e) * (softcap(softmax_scale * q k) - slope * |distance|).
-template <int Tiles, int Columns>
+// q k into log2 units: log2(e) * (softcap(softmax_scale * q k) - slope * |distance|). Where scores
+// are capped, seen(i, n, e, tanh) is told of each.
+template <int Tiles, int Columns, typename Seen>
 VARSTREAM_DEVICE void modify_scores(tile::Accumulator<Tiles, Columns>& scores,
                                     const ScorePlace& place,
-                                    const ForwardParams& p) {
-  const float scale = p.softcap > 0.0f ? p.softmax_scale / p.softcap : p.softmax_scale;
+                                    const ForwardParams& p,
+                                    const Seen& seen) {
+  const bool capped = p.softcap > 0.0f;
+  const float inner = p.softmax_scale / (capped ? p.softcap : 1.0f);
+  const float outer = p.softcap * kLog2E;
+  VARSTREAM_UNROLL
+  for (int i = 0; i < Tiles; ++i) {
+    VARSTREAM_UNROLL
+    for (int n = 0; n < Columns; ++n) {
+      if (capped) {
+        VARSTREAM_UNROLL
+        for (int e = 0; e < 4; ++e) {
+          const float t = tanh_by_exp2(scores[i][n][e] * inner);
+          seen(i, n, e, t);
+          scores[i][n][e] = outer * t;
+        }
+      } else {
+        VARSTREAM_UNROLL
+        for (int e = 0; e < 4; ++e) scores[i][n][e] *= inner * kLog2E;
+      }
+    }
+  }
+  if (p.alibi_slopes == nullptr) return;
   VARSTREAM_UNROLL
   for (int i = 0; i < Tiles; ++i) {
     VARSTREAM_UNROLL
     for (int h = 0; h < 2; ++h) {
       const RowPlace row = place.order.at(place.row(i, h));
       // Rows past the sequence's last are computed and dropped: their head may not exist.
-      const bool sloped = p.alibi_slopes != nullptr && row.query < place.sequence.sq;
+      const bool exists = row.query < place.sequence.sq;
       const float slope =
-          sloped ? p.alibi_slopes[place.index * p.alibi_batch_stride + row.head] : 0.0f;
+          exists ? p.alibi_slopes[place.index * p.alibi_batch_stride + row.head] * kLog2E : 0.0f;
       const int32_t distance =  // the differences fit 31 bits, sums of lengths might not
           (place.key() - place.sequence.sk) + (place.sequence.sq - row.query);
       VARSTREAM_UNROLL
       for (int n = 0; n < Columns; ++n) {
         VARSTREAM_UNROLL
         for (int e = 0; e < 2; ++e) {
-          float score = scores[i][n][2 * h + e] * scale;
-          if (p.softcap > 0.0f) score = p.softcap * tanh_by_exp2(score);
-          score -= slope * fabsf(static_cast<float>(distance + 8 * n + e));
-          scores[i][n][2 * h + e] = score * kLog2E;
+          scores[i][n][2 * h + e] -= slope * fabsf(static_cast<float>(distance + 8 * n + e));
         }
       }
     }

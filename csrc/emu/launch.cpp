@@ -48,6 +48,11 @@ void launch(Index3 grid,
   }
 }
 
+size_t& max_shared_bytes() {
+  static size_t chosen = size_t{163} << 10;
+  return chosen;
+}
+
 Schedule& schedule() {
   static Schedule chosen;
   return chosen;

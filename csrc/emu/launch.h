@@ -19,4 +19,7 @@ void launch(Index3 grid,
 // The order in which kernels launched through ptx::launch run; whoever tests sets it.
 Schedule& schedule();
 
+// Shared memory a block may ask for, as the emulated device has it; 163 KB (sm_80) unless set.
+size_t& max_shared_bytes();
+
 }  // namespace varstream::emu

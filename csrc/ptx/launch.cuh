@@ -29,6 +29,19 @@ inline constexpr size_t kSharedWithoutAsking = 48 << 10;
 
 #endif
 
+// Shared memory that a block of the current device can ask for.
+inline size_t max_shared_bytes() {
+#if defined(VARSTREAM_EMULATED)
+  return emu::max_shared_bytes();
+#else
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "cudaDeviceGetAttribute");
+  return static_cast<size_t>(bytes);
+#endif
+}
+
 // Runs blocks of Kernel::kThreads threads on stream (a cudaStream_t of the current device; ignored
 // when emulated). Throws std::runtime_error where the launch is refused.
 template <typename Kernel>

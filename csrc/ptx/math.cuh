@@ -18,6 +18,17 @@ VARSTREAM_DEVICE float exp2_approx(float x) {
 #endif
 }
 
+// 1 / x, relative error 2^-23; 0 for infinite and infinite for subnormal x.
+VARSTREAM_DEVICE float reciprocal_approx(float x) {
+#if defined(VARSTREAM_EMULATED)
+  return 1.0f / x;
+#else
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 // log2 x, absolute error 2^-22 near 1.
 VARSTREAM_DEVICE float log2_approx(float x) {
 #if defined(VARSTREAM_EMULATED)

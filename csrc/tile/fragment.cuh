@@ -46,34 +46,6 @@ VARSTREAM_DEVICE uint32_t pack_pair(float low, float high) {
   return word;
 }
 
-// d += a b^T: a's rows a_row on, b's rows are d's columns; both read along their rows.
-// LDSM a 16-column step: Tiles + Columns / 2; HMMA: Tiles * Columns.
-template <int Tiles, int Columns, typename TileA, typename TileB>
-VARSTREAM_DEVICE void multiply_rows_by_rows(
-    Accumulator<Tiles, Columns>& d, const TileA& a, int a_row, const TileB& b, int lane) {
-  static_assert(TileA::kChunks == TileB::kChunks && Columns % 2 == 0);
-  using Element = typename TileA::Element;
-  VARSTREAM_UNROLL
-  for (int step = 0; step < TileA::kChunks / 2; ++step) {
-    uint32_t a_regs[Tiles][4];
-    VARSTREAM_UNROLL
-    for (int i = 0; i < Tiles; ++i) {
-      ptx::ldmatrix_x4(a_regs[i], a.chunk(a_row + 16 * i + lane % 16, 2 * step + lane / 16));
-    }
-    VARSTREAM_UNROLL
-    for (int n = 0; n < Columns; n += 2) {
-      uint32_t b_regs[4];
-      ptx::ldmatrix_x4(b_regs, b.chunk(8 * n + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
-      const uint32_t even[2] = {b_regs[0], b_regs[1]}, odd[2] = {b_regs[2], b_regs[3]};
-      VARSTREAM_UNROLL
-      for (int i = 0; i < Tiles; ++i) {
-        ptx::mma_m16n8k16<Element>(d[i][n], a_regs[i], even);
-        ptx::mma_m16n8k16<Element>(d[i][n + 1], a_regs[i], odd);
-      }
-    }
-  }
-}
-
 // The first operand of a product in registers: a (16 Tiles, 16 Steps) block of 16-bit values.
 template <int Tiles, int Steps>
 using Operand = uint32_t[Tiles][Steps][4];
@@ -115,27 +87,6 @@ VARSTREAM_DEVICE void multiply_operand_by_columns(Accumulator<Tiles, Columns>& d
       for (int i = 0; i < Tiles; ++i) {
         ptx::mma_m16n8k16<Element>(d[i][n], a[i][step], even);
         ptx::mma_m16n8k16<Element>(d[i][n + 1], a[i][step], odd);
-      }
-    }
-  }
-}
-
-// Rounds a warp's accumulators into rows `row` on of a tile, 4 bytes a lane and store.
-template <int Tiles, int Columns, typename Tile>
-VARSTREAM_DEVICE void store_accumulator(const Accumulator<Tiles, Columns>& d,
-                                        const Tile& tile,
-                                        int row,
-                                        int lane) {
-  static_assert(Columns <= Tile::kChunks);
-  VARSTREAM_UNROLL
-  for (int i = 0; i < Tiles; ++i) {
-    VARSTREAM_UNROLL
-    for (int n = 0; n < Columns; ++n) {
-      VARSTREAM_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        auto* at = tile.chunk(row + 16 * i + 8 * h + lane / 4, n) + 2 * (lane % 4);
-        *reinterpret_cast<uint32_t*>(at) =
-            pack_pair<typename Tile::Element>(d[i][n][2 * h], d[i][n][2 * h + 1]);
       }
     }
   }

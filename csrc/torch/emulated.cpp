@@ -21,6 +21,12 @@ void set_schedule(int64_t order, int64_t seed) {
   emu::schedule() = {static_cast<emu::Order>(order), static_cast<uint64_t>(seed)};
 }
 
+// Shared memory that a block of the emulated device can ask for, which decides tiles.
+void set_shared_limit(int64_t bytes) {
+  VARSTREAM_CHECK(bytes > 0, "bytes must be positive, got ", bytes);
+  emu::max_shared_bytes() = static_cast<size_t>(bytes);
+}
+
 // How often the instruction called name (emu/counts.h) has run since the counts were cleared.
 int64_t instruction_count(std::string name) {
   const auto counts = emu::instruction_counts();
@@ -43,6 +49,7 @@ int64_t read_past_the_end(Tensor x) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(varstream_emulated, m) {
   m.def("set_schedule(int order, int seed) -> ()");
+  m.def("set_shared_limit(int bytes) -> ()");
   m.def("instruction_count(str name) -> int");
   m.def("clear_instruction_counts() -> ()");
   m.def("read_past_the_end(Tensor x) -> int");
@@ -50,6 +57,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varstream_emulated, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(varstream_emulated, CompositeExplicitAutograd, m) {
   m.impl("set_schedule", TORCH_BOX(&varstream::set_schedule));
+  m.impl("set_shared_limit", TORCH_BOX(&varstream::set_shared_limit));
   m.impl("instruction_count", TORCH_BOX(&varstream::instruction_count));
   m.impl("clear_instruction_counts", TORCH_BOX(&varstream::clear_instruction_counts));
   m.impl("read_past_the_end", TORCH_BOX(&varstream::read_past_the_end));

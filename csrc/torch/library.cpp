@@ -7,11 +7,6 @@
 
 #include "torch/attention_schema.h"
 
-// The arguments that varlen_attention's backward operators share, in order.
-#define VARSTREAM_ATTENTION_BWD_ARGS                                            \
-  "Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? " \
-  "dlse, " VARSTREAM_ATTENTION_OPTIONS
-
 // The arguments that the head's operators share, in order, and which gradients are wanted.
 #define VARSTREAM_HEAD_ARGS                                                  \
   "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, " \
@@ -28,9 +23,13 @@ STABLE_TORCH_LIBRARY(varstream, m) {
   // The same from ATen calls: what CUDA kernels don't take, float32 and float64.
   m.def("varlen_attention_composed(" VARSTREAM_ATTENTION_ARGS ") -> (Tensor out, Tensor lse)");
   m.def("varlen_attention_bwd(" VARSTREAM_ATTENTION_BWD_ARGS
-        ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
+        ") -> " VARSTREAM_ATTENTION_BWD_RESULTS);
+  m.def("varlen_attention_bwd_composed(" VARSTREAM_ATTENTION_BWD_ARGS
+        ") -> " VARSTREAM_ATTENTION_BWD_RESULTS);
   m.def("varlen_attention_bwd_accumulate(" VARSTREAM_ATTENTION_BWD_ARGS
-        ", Tensor(a!) dk, Tensor(b!) dv, Tensor(c!)? dsinks) -> Tensor dq");
+        ", " VARSTREAM_ATTENTION_BWD_BUFFERS ") -> Tensor dq");
+  m.def("varlen_attention_bwd_accumulate_composed(" VARSTREAM_ATTENTION_BWD_ARGS
+        ", " VARSTREAM_ATTENTION_BWD_BUFFERS ") -> Tensor dq");
 
   // The head: logits never exist as a whole. target (N,) or (N, K).
   m.def("linear_cross_entropy(" VARSTREAM_HEAD_ARGS

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "attention/backward_launch.h"
 #include "attention/forward_launch.h"
 #include "build_config.h"
 #include "torch/cuda_shim.h"
@@ -32,6 +33,7 @@ py::list kernels() {
   for (const char* name : varlen::kRowCopyKernels) names.append(name);
   for (const char* name : varlen::kTileScheduleKernels) names.append(name);
   for (const char* name : varstream::attention::kForwardKernels) names.append(name);
+  for (const char* name : varstream::attention::kBackwardKernels) names.append(name);
 #endif
   return names;
 }

@@ -21,6 +21,7 @@ struct PackedLengths {
   int32_t batch;
   int32_t total_q;
   int32_t total_k;
+  const int32_t* seqused_q = nullptr;  // (batch,) the same for queries
 };
 
 // Rows q0 to q0 + sq of the queries stand against rows k0 to k0 + sk of the keys.
@@ -39,6 +40,7 @@ VARSTREAM_HOST_DEVICE Sequence sequence_at(const PackedLengths& lengths, int32_t
     return s;
   }
   s.sq = clamp(lengths.cu_seqlens_q[b + 1], s.q0, lengths.total_q) - s.q0;
+  if (lengths.seqused_q != nullptr) s.sq = clamp(lengths.seqused_q[b], int32_t{0}, s.sq);
   s.k0 = clamp(lengths.cu_seqlens_k[b], int32_t{0}, lengths.total_k);
   s.sk = clamp(lengths.cu_seqlens_k[b + 1], s.k0, lengths.total_k) - s.k0;
   if (lengths.seqused_k != nullptr) s.sk = clamp(lengths.seqused_k[b], int32_t{0}, s.sk);

@@ -31,6 +31,7 @@ struct Everything {
     const auto blocks = vs::grid_shape().x * vs::block_shape().x + vs::block_index().x;
 
     ptx::cp_async_16(shared + tid, p.from + tid, tid < p.n);
+    ptx::cp_async_8(shared + tid, p.from + tid, tid < p.n);
     ptx::cp_async_commit();
     ptx::cp_async_wait<1>();
     ptx::cp_async_wait<0>();
@@ -47,7 +48,7 @@ struct Everything {
     const uint32_t votes = ptx::ballot(x > 0);
     if (ptx::any(x > 1) && !ptx::all(x > 2)) x += static_cast<float>(votes);
     ptx::sync_warp();
-    x = ptx::exp2_approx(x) + ptx::log2_approx(x);
+    x = ptx::exp2_approx(x) + ptx::log2_approx(x) + ptx::reciprocal_approx(x);
     if (tid < 64) {
       ptx::barrier_arrive(1, kThreads);
     } else {

@@ -154,6 +154,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *call: Any) -> tuple[Tensor, 
 
 
 @_load.composed_kernel("varlen_attention_bwd_accumulate")
+@_load.composed_kernel("varlen_attention_bwd_accumulate_composed")
 def _backward_accumulate(
     dout: Tensor,
     q: Tensor,
@@ -174,11 +175,13 @@ def _backward_accumulate(
 
 
 @_load.fake_kernel("varlen_attention_bwd_accumulate")
+@_load.fake_kernel("varlen_attention_bwd_accumulate_composed")
 def _backward_accumulate_fake(dout: Tensor, q: Tensor, *rest: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
 @_load.composed_kernel("varlen_attention_bwd")
+@_load.composed_kernel("varlen_attention_bwd_composed")
 def _backward(
     dout: Tensor,
     q: Tensor,
@@ -199,6 +202,7 @@ def _backward(
 
 
 @_load.fake_kernel("varlen_attention_bwd")
+@_load.fake_kernel("varlen_attention_bwd_composed")
 def _backward_fake(
     dout: Tensor,
     q: Tensor,
