@@ -51,7 +51,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[floa
 
 @pytest.mark.parametrize("name", CASES)
 def test_lse_does_not_drift_with_the_number_of_tiles(found, name):
-    """The largest score and the LSE are rounded once each; beside that, 1200 additions a lane."""
+    """The largest score and the LSE are rounded once each; beside that, an addition for each tile,
+    of 300, and a few within."""
     assert len(found[name]) == 6
     for got, want in found[name]:
-        assert abs(got - want) <= 5e-5 + 2 * EPS * abs(want)
+        assert abs(got - want) <= 1.5e-5 + 2 * EPS * abs(want)

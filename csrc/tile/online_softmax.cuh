@@ -53,7 +53,7 @@ struct OnlineSoftmax {
         top[i][h] = fmaxf(before, largest * unit);
         const float base = top[i][h] == minus_infinity() ? 0.0f : top[i][h];
         const float shrink = ptx::exp2_approx(before - base);
-        float sum = total[i][h] * shrink;
+        float sum = 0.0f;  // of the tile alone: a long row's total rounds off less
         VARSTREAM_UNROLL
         for (int n = 0; n < Columns; ++n) {
           VARSTREAM_UNROLL
@@ -62,7 +62,7 @@ struct OnlineSoftmax {
             sum += scores[i][n][e];
           }
         }
-        total[i][h] = sum;
+        total[i][h] = total[i][h] * shrink + sum;
         VARSTREAM_UNROLL
         for (int n = 0; n < OutColumns; ++n) {
           out[i][n][2 * h] *= shrink;
