@@ -226,22 +226,23 @@ def test_every_order_of_threads_gives_the_same_bits():
 
 
 @pytest.mark.emulated
-def test_the_emulated_kernel_takes_its_dtypes_and_leaves_the_rest():
+def test_emulated_kernels_take_their_dtypes_and_leave_the_rest():
+    """Forward and backward; outside the context no dtype reaches them."""
     cu = cu_seqlens([9])
 
     def mma_of(dtype):
         q = torch.randn(9, 2, 16, dtype=dtype, requires_grad=True)
         operators.clear_instruction_counts()
         out = vs.varlen_attention(q, q, q, cu)
-        count = operators.instruction_count("mma")
+        forward = operators.instruction_count("mma")
         out.sum().backward()
-        assert q.grad is not None and operators.instruction_count("mma") == count
-        return count
+        assert q.grad is not None
+        return forward, operators.instruction_count("mma") - forward
 
     with emulation.emulated() as operators:
         counts = [mma_of(t) for t in (torch.bfloat16, torch.float16, torch.float32, torch.float64)]
-    assert counts[0] == counts[1] > 0 and counts[2:] == [0, 0]
-    assert mma_of(torch.bfloat16) == 0
+    assert counts[0] == counts[1] and min(counts[0]) > 0 and counts[2:] == [(0, 0)] * 2
+    assert mma_of(torch.bfloat16) == (0, 0)
 
 
 @on("emulated", "cuda")
