@@ -100,7 +100,8 @@ def list_cases(
         for peer, why in row["peers"].items():
             print(f"    {peer}" + (f": unavailable, {why}" if why else ""))
         for metric, limit in row["bars"].items():
-            print(f"    bar: {metric} <= {limit:g}")
+            where = row["bar_devices"].get(metric)
+            print(f"    bar: {metric} <= {limit:g}" + (f" on {where}" if where else ""))
 
 
 def _described(case: Any, device: str) -> dict[str, Any]:
@@ -119,6 +120,7 @@ def _described(case: Any, device: str) -> dict[str, Any]:
         "needs": missing or case.needs(device),
         "peers": case.availability(device),
         "bars": {bar.metric: bar.limit for bar in case.bars},
+        "bar_devices": {bar.metric: bar.device for bar in case.bars if bar.device},
         "note": case.note,
     }
 

@@ -45,11 +45,13 @@ class Bar:
 
     ``time/<run>`` is our time over that run's, the median of the ratios within a round;
     ``memory/<run>`` our peak memory over that run's; ``seconds`` our median time; any other name is
-    one of the case's own figures.
+    one of the case's own figures. With ``device`` it is a bar only where the device's name holds
+    these words.
     """
 
     metric: str
     limit: float
+    device: str = ""
 
     @property
     def run(self) -> str | None:

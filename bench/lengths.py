@@ -11,6 +11,11 @@ from collections.abc import Iterable, Sequence
 CORPUS = ((0.47, 16, 500), (0.24, 500, 1024), (0.16, 1024, 2048), (0.13, 2048, 8192))
 
 
+# Matrix products of attention: q k and p v; q k and dout v again, then dv, dq and dk.
+FORWARD_PRODUCTS = 2
+BACKWARD_PRODUCTS = 5
+
+
 def dense(tokens: int, seqlen: int) -> tuple[int, ...]:
     """``tokens / seqlen`` sequences of one length.
 
@@ -65,7 +70,13 @@ def visible_pairs(lengths: Sequence[int], causal: bool) -> int:
     return sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
 
 
-def forward_flops(lengths: Sequence[int], causal: bool, heads: int, head_dim: int) -> int:
-    """Operations of attention forward: 4 for each visible score, head and element of the head
-    dimension (two products, a multiplication and an addition each); the softmax isn't counted."""
-    return 4 * visible_pairs(lengths, causal) * heads * head_dim
+def chunk_pairs(chunk: int, prefix: int) -> int:
+    """Scores that the last ``chunk`` queries of a causal sequence see, ``prefix`` keys before them
+    and themselves, for one head."""
+    return chunk * prefix + visible_pairs([chunk], causal=True)
+
+
+def flops(products: int, pairs: int, heads: int, head_dim: int) -> int:
+    """Operations of attention's matrix products over the visible scores, a multiplication and an
+    addition for each score, head and element of the head dimension; the softmax isn't counted."""
+    return 2 * products * pairs * heads * head_dim

@@ -254,9 +254,10 @@ def _reason(error: Exception) -> str:
 
 
 def judged(case: Case, entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each bar beside what was reached; null where it wasn't measured."""
+    """Each bar of this device beside what was reached; null where it wasn't measured."""
     bars = {}
-    for bar in case.bars:
+    name = entry["environment"]["device"]["name"]
+    for bar in (bar for bar in case.bars if bar.device in name):
         reached = metric(entry, bar.metric)
         holds = None if reached is None else reached <= bar.limit
         if entry["status"] == "failed":

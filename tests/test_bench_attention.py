@@ -3,6 +3,7 @@ counts, bars, and that ours and the peers that run here agree at the small shape
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,6 @@ from bench import attention_ways as ways
 from bench import lengths, timers
 from bench.case import Setup
 from bench.cases import all_cases
-from bench.cases.attention_forward import WAYS, _pack
 from bench.runner import Options, _check, rates, run_case
 
 CPU = torch.device("cpu")
@@ -21,14 +21,6 @@ CASES = {
     if case.topic in ("attention_forward", "tile_schedule")
 }
 FORWARD = {name: case for name, case in CASES.items() if case.topic == "attention_forward"}
-
-
-def pack_of(case, quick=True):
-    """The pack that a case builds; lengths only, where the shape is the real one."""
-    lengths_of, *causal = case.build.args
-    if quick:
-        return _pack(lengths_of, causal[0] if causal else True, case.sizes(True), CPU, 0)
-    return lengths_of(case.shape)
 
 
 # --- lengths --------------------------------------------------------------------------------------
@@ -66,7 +58,8 @@ def test_operations_against_a_count_of_every_visible_score(causal):
             for j in range(n):
                 if not causal or j <= i:
                     multiplications += heads * (width + width)  # q k and p v
-    assert lengths.forward_flops(sizes, causal, heads, width) == 2 * multiplications
+    pairs = lengths.visible_pairs(sizes, causal)
+    assert lengths.flops(lengths.FORWARD_PRODUCTS, pairs, heads, width) == 2 * multiplications
 
 
 # --- the cases ------------------------------------------------------------------------------------
@@ -94,7 +87,7 @@ def test_the_cases_are_those_promised():
 def test_a_case_is_sound(name):
     """At the real shape nothing is allocated: lengths and names only."""
     case = CASES[name]
-    found = pack_of(case, quick=False)
+    found = case.build.args[0].lengths_of(case.shape)
     assert sum(found) == case.shape["tokens"] and min(found) > 0
     assert case.shape["heads"] % case.shape["kv_heads"] == 0
     assert case.devices == ("cuda",) and case.dtype == "bfloat16"
@@ -103,13 +96,13 @@ def test_a_case_is_sound(name):
     if name in FORWARD:
         assert {bar.run for bar in case.bars} == wanted
         assert all(bar.limit == pytest.approx(1 / 0.9) for bar in case.bars)
-        assert {peer.name for peer in case.peers} <= {*WAYS, "gemm_rate"}
+        assert {peer.name for peer in case.peers} <= {*ways.WAYS, "gemm_rate"}
 
 
 def test_seeds_change_numbers_and_never_lengths():
     case = FORWARD["attention_forward/ragged_16384_gqa_hd128_causal"]
-    lengths_of, causal = case.build.args
-    one, two = (_pack(lengths_of, causal, case.sizes(True), CPU, seed) for seed in (0, 1))
+    (packing,) = case.build.args
+    one, two = (packing.draw(case.sizes(True), CPU, seed) for seed in (0, 1))
     assert one.lengths == two.lengths and not torch.equal(one.q, two.q)
 
 
@@ -136,9 +129,9 @@ def test_the_reference_tells_masks_and_groups_apart(causal, kv_heads):
     assert torch.allclose(padded.float(), wanted, atol=3e-2)
     if not causal and kv_heads == 4:
         assert torch.allclose(ways.nested_sdpa(p).float(), wanted, atol=3e-2)
-    other = ways.Pack(p.q, p.k, p.v, p.lengths, not causal)
+    other = replace(p, causal=not causal)
     assert not torch.allclose(ways.float32(other), wanted, atol=0.3)
-    other = ways.Pack(p.q, p.k.roll(1, 0), p.v, p.lengths, causal)
+    other = replace(p, k=p.k.roll(1, 0))
     assert not torch.allclose(ways.float32(other), wanted, atol=0.3)
 
 

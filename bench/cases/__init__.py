@@ -8,6 +8,8 @@ from ..case import Case
 from ..results import BenchError
 from . import (
     attention,
+    attention_backward,
+    attention_chunks,
     attention_forward,
     attention_options,
     batching,
@@ -29,6 +31,8 @@ TOPICS = (
     attention,
     attention_options,
     attention_forward,
+    attention_backward,
+    attention_chunks,
     merge,
     head,
     head_peers,

@@ -69,11 +69,11 @@ class Operands:
         return max(self.lengths)
 
     def flops(self, backward: bool) -> float:
-        """Operations of the visible scores: 2 products forward and 5 backward, 2 each a score and
-        element of the head dimension."""
+        """Operations of the visible scores."""
         _, heads, width = self.packed[0].shape
         pairs = lengths.visible_pairs(self.lengths, self.causal)
-        return (2 + 5 * backward) * 2 * pairs * heads * width
+        products = lengths.FORWARD_PRODUCTS + lengths.BACKWARD_PRODUCTS * backward
+        return lengths.flops(products, pairs, heads, width)
 
 
 def _differentiated(
