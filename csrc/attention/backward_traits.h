@@ -70,13 +70,13 @@ struct BackwardTile<256, Modified, true> {
 };
 
 // The kernel that owns query tiles, for a repeatable dQ: 64 rows, 16 a warp, whose Q and dO stay.
-// 32 keys at 256, to stay within 99 KB, 64 below.
+// 32 keys at 256, to stay within 99 KB, and for the modified kernel's registers at 192; 64 below.
 template <typename Element_, int Dim, int ValueDim, bool Modified>
 struct BackwardQueryTraits {
   using Element = Element_;
   static constexpr int kDim = Dim, kValueDim = ValueDim;
   static constexpr bool kModified = Modified;
-  static constexpr int kRows = 64, kKeys = Dim > 192 ? 32 : 64, kWarps = 4;
+  static constexpr int kRows = 64, kKeys = Dim > (Modified ? 128 : 192) ? 32 : 64, kWarps = 4;
   static constexpr int kThreads = 32 * kWarps, kMinBlocks = 2;
 
   static constexpr size_t kQBytes = size_t{2} * kRows * kDim;  // also stages dQ

@@ -15,30 +15,37 @@ namespace varstream::tile {
 // How an operand lies: its product index runs along the tile's rows, or down its columns.
 enum class Read { kAlong, kAcross };
 
-// Where a warp's part of an operand begins: the row (kAlong) or column (kAcross) of the tile that
-// is the block's first row of d (first operand) or first column of d (second).
-//
-// First operand, 16 rows of d by 16 of the product index.
-template <Read How, typename Tile>
+// The chunk two times `part` past `chunk`, the cheaper way where Parts lets bits be disjoint.
+template <int Parts, typename Tile>
+VARSTREAM_DEVICE auto* chunk_of_part(const Tile& tile, int row, int chunk, int part) {
+  if constexpr ((Parts & (Parts - 1)) == 0) return tile.chunk_beside(row, chunk, 2 * part);
+  return tile.chunk(row, chunk + 2 * part);
+}
+
+// Four 8x8 matrices of an operand: 16 rows (first operand) or columns (second) of d, `part` of
+// Parts such from `begin` on, by 16 of the product index. begin is the tile's row (kAlong) or
+// column (kAcross), a multiple of 16 Parts. Of the second operand, registers 0 and 1 are the first
+// eight columns', 2 and 3 the others'.
+template <Read How, int Parts, typename Tile>
 VARSTREAM_DEVICE void load_first(
-    uint32_t (&regs)[4], const Tile& tile, int begin, int step, int lane) {
+    uint32_t (&regs)[4], const Tile& tile, int begin, int part, int step, int lane) {
   if constexpr (How == Read::kAlong) {
-    ptx::ldmatrix_x4(regs, tile.chunk(begin + lane % 16, 2 * step + lane / 16));
+    ptx::ldmatrix_x4(regs, tile.chunk_beside(begin + 16 * part + lane % 16, lane / 16, 2 * step));
   } else {
-    ptx::ldmatrix_x4<true>(
-        regs, tile.chunk(16 * step + lane / 16 * 8 + lane % 8, begin / 8 + lane / 8 % 2));
+    const int row = 16 * step + lane / 16 * 8 + lane % 8, chunk = begin / 8 + lane / 8 % 2;
+    ptx::ldmatrix_x4<true>(regs, chunk_of_part<Parts>(tile, row, chunk, part));
   }
 }
 
-// Second operand, 16 columns of d by 16 of the product index: registers 0, 1 for the first eight
-// columns, 2, 3 for the others.
-template <Read How, typename Tile>
+template <Read How, int Parts, typename Tile>
 VARSTREAM_DEVICE void load_second(
-    uint32_t (&regs)[4], const Tile& tile, int begin, int step, int lane) {
+    uint32_t (&regs)[4], const Tile& tile, int begin, int part, int step, int lane) {
   if constexpr (How == Read::kAlong) {
-    ptx::ldmatrix_x4(regs, tile.chunk(begin + lane / 16 * 8 + lane % 8, 2 * step + lane / 8 % 2));
+    const int row = begin + 16 * part + lane / 16 * 8 + lane % 8;
+    ptx::ldmatrix_x4(regs, tile.chunk_beside(row, lane / 8 % 2, 2 * step));
   } else {
-    ptx::ldmatrix_x4<true>(regs, tile.chunk(16 * step + lane % 16, begin / 8 + lane / 16));
+    const int row = 16 * step + lane % 16, chunk = begin / 8 + lane / 16;
+    ptx::ldmatrix_x4<true>(regs, chunk_of_part<Parts>(tile, row, chunk, part));
   }
 }
 
@@ -57,11 +64,13 @@ VARSTREAM_DEVICE void multiply(Accumulator<Tiles, Columns>& d,
   for (int step = 0; step < Steps; ++step) {
     uint32_t a_regs[Tiles][4];
     VARSTREAM_UNROLL
-    for (int i = 0; i < Tiles; ++i) load_first<ReadA>(a_regs[i], a, a_begin + 16 * i, step, lane);
+    for (int i = 0; i < Tiles; ++i) {
+      load_first<ReadA, Tiles>(a_regs[i], a, a_begin, i, step, lane);
+    }
     VARSTREAM_UNROLL
     for (int n = 0; n < Columns; n += 2) {
       uint32_t b_regs[4];
-      load_second<ReadB>(b_regs, b, b_begin + 8 * n, step, lane);
+      load_second<ReadB, Columns / 2>(b_regs, b, b_begin, n / 2, step, lane);
       const uint32_t even[2] = {b_regs[0], b_regs[1]}, odd[2] = {b_regs[2], b_regs[3]};
       VARSTREAM_UNROLL
       for (int i = 0; i < Tiles; ++i) {

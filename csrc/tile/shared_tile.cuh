@@ -28,6 +28,16 @@ struct SharedTile {
   VARSTREAM_DEVICE Element* chunk(int row, int chunk) const {
     return data + (row * kChunks + swizzled<kChunks>(row, chunk)) * kChunkElements;
   }
+
+  // chunk(row, chunk + delta) where delta is known to the compiler and shares no bit with chunk:
+  // one exclusive or away from chunk(row, chunk), as swizzling is one as well.
+  VARSTREAM_DEVICE Element* chunk_beside(int row, int chunk, int delta) const {
+    constexpr int kSpan = kChunks % 8 == 0 ? 8 : 4, kBytes16 = 16;
+    const int bytes = (row * kChunks + swizzled<kChunks>(row, chunk)) * kBytes16;
+    const int flipped = bytes ^ (delta % kSpan * kBytes16);
+    return reinterpret_cast<Element*>(reinterpret_cast<uint8_t*>(data) + flipped +
+                                      delta / kSpan * kSpan * kBytes16);
+  }
 };
 
 // Starts copying one row's share of this thread: `from` points at `columns` values (a multiple of
