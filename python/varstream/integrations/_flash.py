@@ -10,6 +10,7 @@ from torch import Tensor
 
 from varstream._checks import FLOATING, INTEGERS, check_int, check_tensor
 from varstream.ops.attention import varlen_attention
+from varstream.ops.attention_call import in_kernel_layout
 
 
 def check_window_size(window_size: Any) -> tuple[int, int]:
@@ -43,13 +44,16 @@ def attend_packed(
     window_size: Any,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """``varlen_attention`` under FlashAttention's argument names: out and lse ``(H, total_q)``."""
+    """``varlen_attention`` under FlashAttention's argument names: out and lse ``(H, total_q)``.
+
+    Tensors of any strides, as FlashAttention takes them.
+    """
     # None means cu_seqlens_q to varlen_attention; FlashAttention has no such default.
     check_tensor("cu_seqlens_k", cu_seqlens_k)
     result = varlen_attention(
-        q,
-        k,
-        v,
+        in_kernel_layout(q),
+        in_kernel_layout(k),
+        in_kernel_layout(v),
         cu_seqlens_q,
         cu_seqlens_k,
         max_seqlen_q=check_max_seqlen("max_seqlen_q", max_seqlen_q),

@@ -44,8 +44,9 @@ def varlen_attention(
     j|``.
 
     Args:
-        q: ``(total_q, Hq, D)``, float64, float32, bfloat16 or float16; D a multiple of 8 up to 256
-            on CUDA, any up to 256 on the CPU.
+        q: ``(total_q, Hq, D)``, float64, float32, bfloat16 or float16; D up to 256. On CUDA in
+            bfloat16 and float16 D is a multiple of 8, and heads are contiguous and start at
+            multiples of 16 bytes; so for k and v.
         k: ``(total_k, Hkv, D)``; Hq must be a multiple of Hkv.
         v: ``(total_k, Hkv, Dv)``.
         cu_seqlens_q: int32 ``(B+1,)`` cumulative lengths. With ``max_seqlen_q`` given they may end

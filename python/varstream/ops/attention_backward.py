@@ -51,7 +51,8 @@ def varlen_attention_backward(
         out: ``(total_q, Hq, Dv)`` in q's dtype, from the forward.
         lse: ``(Hq, total_q)`` in acc dtype, from the forward (sinks included).
         dk: ``(total_k, Hkv, D)`` in acc dtype (float64 for float64 inputs, else float32), added
-            into.
+            into. On CUDA with bfloat16 and float16 inputs its last dimension is contiguous; so for
+            dv and dsinks.
         dv: ``(total_k, Hkv, Dv)`` in acc dtype, added into.
         dsinks: ``(Hq,)`` in acc dtype, added into; required exactly when ``sinks`` is given.
         dlse: ``(Hq, total_q)`` in acc dtype, the gradient of ``lse``.

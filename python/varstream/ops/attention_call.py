@@ -26,6 +26,8 @@ from varstream._checks import (
 MAX_HEAD_DIM = 256
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 KERNEL_WORD = 8  # 16-bit values in the 16 bytes that a kernel moves at a time
+# Asked once: torch.compile can't trace the question.
+KERNELS_COMPILED = _load.has_cuda_kernel("varlen_attention")
 
 
 class Call(NamedTuple):
@@ -143,11 +145,11 @@ def check_call(
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_tensor("q", q, ndim=3, dtypes=FLOATING, layout="(total_q, Hq, D)")
     check_tensor("k", k, ndim=3, device=q.device, layout="(total_k, Hkv, D)")
-    check_tensor("v", v, ndim=3, device=q.device, layout="(total_k, Hkv, Dv)")
+    v_shape = (k.shape[0], k.shape[1], None)
+    check_tensor("v", v, shape=v_shape, device=q.device, layout="(total_k, Hkv, Dv)")
     check_same_dtype(q=q, k=k, v=v)
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"k must have q's head dim {q.shape[2]}, got shape {tuple(k.shape)}")
-    check_tensor("v", v, shape=(k.shape[0], k.shape[1], None), layout="(total_k, Hkv, Dv)")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
         raise ValueError(f"q must have a multiple of k's {k.shape[1]} heads, got {q.shape[1]}")
     for name, tensor in (("q", q), ("v", v)):
@@ -155,9 +157,33 @@ def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(
                 f"{name} must have a head dim from 1 to {MAX_HEAD_DIM}, got {tensor.shape[2]}"
             )
-    if q.is_cuda and q.dtype in KERNEL_DTYPES and _load.has_cuda_kernel("varlen_attention"):
+    if _in_kernels(q):
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             _check_kernel_rows(name, tensor)
+
+
+def _in_kernels(q: Tensor) -> bool:
+    """Whether compiled CUDA kernels serve a call with these queries."""
+    return KERNELS_COMPILED and q.is_cuda and q.dtype in KERNEL_DTYPES
+
+
+def in_kernel_layout(t: Tensor) -> Tensor:
+    """q, k or v ``(rows, heads, dim)`` as the CUDA kernels read it; a compact copy where its heads
+    aren't contiguous or don't start at multiples of 16 bytes.
+
+    For callers whose own contract takes any strides; ``varlen_attention`` refuses such tensors.
+    """
+    if not isinstance(t, Tensor) or t.layout is not torch.strided or t.dim() != 3:
+        return t  # the checks come afterwards
+    if t.dtype not in KERNEL_DTYPES or (t.stride(2) == 1 and _heads_aligned(t)):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)  # contiguous() keeps an odd offset
+
+
+def _heads_aligned(t: Tensor) -> bool:
+    """Whether every head of t (rows, heads, dim) starts at a multiple of 16 bytes."""
+    steps = [t.stride(d) for d in range(2) if t.shape[d] > 1]
+    return all(step % KERNEL_WORD == 0 for step in (t.storage_offset(), *steps))
 
 
 def _check_kernel_rows(name: str, t: Tensor) -> None:
@@ -174,8 +200,7 @@ def _check_kernel_rows(name: str, t: Tensor) -> None:
             f"{name} must be contiguous in its last dimension on CUDA, got strides {t.stride()}; "
             "call .contiguous()"
         )
-    steps = [t.stride(d) for d in range(2) if t.shape[d] > 1]
-    if any(step % KERNEL_WORD != 0 for step in (t.storage_offset(), *steps)):
+    if not _heads_aligned(t):
         raise ValueError(
             f"{name} must have heads that start at multiples of 16 bytes on CUDA, got strides "
             f"{t.stride()} and offset {t.storage_offset()}; call .contiguous()"
@@ -261,20 +286,23 @@ def check_backward(
         check_tensor(
             name, tensor, shape=shape, dtypes=(q.dtype,), device=device, layout="(total_q, Hq, Dv)"
         )
-    for name, tensor in (("lse", lse), ("dlse", lse if dlse is None else dlse)):
-        check_tensor(
-            name, tensor, shape=(heads, rows), dtypes=acc, device=device, layout="(Hq, total_q)"
-        )
+    of_lse: dict[str, Any] = {"shape": (heads, rows), "dtypes": acc, "device": device}
+    check_tensor("lse", lse, layout="(Hq, total_q)", **of_lse)
+    if dlse is not None:
+        check_tensor("dlse", dlse, layout="(Hq, total_q)", **of_lse)
     check_tensor("dk", dk, shape=k.shape, dtypes=acc, device=device, layout="(total_k, Hkv, D)")
     check_tensor("dv", dv, shape=v.shape, dtypes=acc, device=device, layout="(total_k, Hkv, Dv)")
     if (dsinks is None) != (sinks is None):
         raise ValueError("dsinks must be given exactly when sinks is given")
     if dsinks is not None:
         check_tensor("dsinks", dsinks, shape=(heads,), dtypes=acc, device=device, layout="(Hq,)")
-    for name, buffer in (("dk", dk), ("dv", dv), ("dsinks", dsinks)):
+    written = {"dk": dk, "dv": dv, "dsinks": dsinks}
+    for name, buffer in written.items():
         _check_accumulator(name, buffer)
+        if buffer is not None and _in_kernels(q):
+            _check_kernel_accumulator(name, buffer)
     _check_disjoint(
-        {"dk": dk, "dv": dv, "dsinks": dsinks},
+        written,
         {
             "dout": dout,
             "q": q,
@@ -299,28 +327,35 @@ def _check_accumulator(name: str, buffer: Tensor | None) -> None:
         raise ValueError(f"{name} must not be expanded, got strides {buffer.stride()}")
 
 
+def _check_kernel_accumulator(name: str, buffer: Tensor) -> None:
+    """What the CUDA kernels want of a buffer that they add into."""
+    if buffer.shape[-1] > 1 and buffer.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be contiguous in its last dimension on CUDA, got strides "
+            f"{buffer.stride()}"
+        )
+
+
 def _check_disjoint(written: dict[str, Tensor | None], read: dict[str, Tensor | None]) -> None:
     """Refuse accumulators that share memory with each other or with an input."""
     if torch.compiler.is_compiling():
         return
-    done: dict[str, Tensor | None] = {}
+    taken = {name: _extent(t) for name, t in read.items()}
     for name, buffer in written.items():
-        for other, tensor in (read | done).items():
-            if buffer is not None and tensor is not None and _overlap(buffer, tensor):
+        begin, end = _extent(buffer)
+        for other, (other_begin, other_end) in taken.items():
+            if begin < other_end and other_begin < end:
                 raise ValueError(
                     f"{name} must not share memory with {other} (their address ranges overlap)"
                 )
-        done[name] = buffer
+        taken[name] = begin, end
 
 
-def _overlap(a: Tensor, b: Tensor) -> bool:
-    if a.numel() == 0 or b.numel() == 0 or type(a) is not Tensor or type(b) is not Tensor:
-        return False
-    (a0, a1), (b0, b1) = _extent(a), _extent(b)
-    return a0 < b1 and b0 < a1
-
-
-def _extent(t: Tensor) -> tuple[int, int]:
-    """First and one-past-last byte address that the (strided) tensor touches."""
+def _extent(t: Tensor | None) -> tuple[float, float]:
+    """First and one-past-last byte address that the (strided) tensor touches; an empty range, which
+    overlaps nothing, where it touches none or has no address."""
+    if t is None or t.numel() == 0 or t.is_meta or type(t) is not Tensor:
+        return math.inf, -math.inf
     last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+    begin = t.data_ptr()
+    return begin, begin + (last + 1) * t.element_size()

@@ -9,7 +9,7 @@ kept instead of re-projected per chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,7 @@ from varstream._checks import (
     check_tensor,
 )
 from varstream.ops._autocast import cast_for_autocast
-from varstream.ops.attention import varlen_attention
-from varstream.ops.attention_backward import varlen_attention_backward
+from varstream.ops.attention_call import Call, check_call, in_kernel_layout
 from varstream.streaming.gradients import GradientSums, without_hooks
 from varstream.streaming.schedule import DeviceChunk, Schedule, resolve_chunk_size
 
@@ -64,6 +63,7 @@ def stream_layer(
 
     ``kv`` and ``rest`` are called on chunks of rows, in the forward without a graph and again in
     the backward with one, so they must be deterministic and act row by row apart from ``attend``.
+    The backward is bitwise repeatable where ``torch.use_deterministic_algorithms`` asks for it.
     Under ``torch.compile`` the call runs as it is, outside the graph.
 
     Args:
@@ -71,7 +71,8 @@ def stream_layer(
         rest: ``rest(x (c, d), pos (c,), attend) -> y (c, d_out)``, where ``attend(q (c, Hq, D)) ->
             (c, Hq, Dv)``; it may call ``attend`` any number of times.
         x: ``(n, d)`` packed rows.
-        cu_seqlens: int32 ``(B+1,)``, the documents' cumulative lengths, ending at n.
+        cu_seqlens: int32 ``(B+1,)``, the documents' cumulative lengths, ending at n; read here
+            once to plan the chunks (the call's one device synchronisation on CUDA).
         params: the tensors whose gradients are wanted, such as ``layer.parameters()``; gradients
             of others used inside are not formed.
         chunk_size: rows of a chunk, or ``"auto"``: 1024 on the CPU, 4096 on CUDA. Nothing is known
@@ -176,46 +177,66 @@ class _Attend(torch.autograd.Function):
         chunk: DeviceChunk,
         attention: dict[str, Any],
     ) -> Tensor:
-        out, lse = _attend(q, keys, chunk, attention)
+        out, lse, ctx.call = _attend(q, keys, chunk, attention)
         ctx.save_for_backward(q, out, lse)
-        ctx.keys, ctx.chunk, ctx.attention = keys, chunk, attention
+        ctx.keys, ctx.chunk = keys, chunk
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, out, lse = ctx.saved_tensors
-        keys, chunk = ctx.keys, ctx.chunk
-        dq = varlen_attention_backward(
-            dout.contiguous(),
+        keys, rows = ctx.keys, ctx.chunk.keys
+        # The operator itself: the forward has checked these arguments.
+        dq = torch.ops.varstream.varlen_attention_bwd_accumulate(
+            dout,
             q,
-            keys.k[chunk.keys],
-            keys.v[chunk.keys],
+            keys.k[rows],
+            keys.v[rows],
             out,
             lse,
-            dk=keys.dk[chunk.keys],
-            dv=keys.dv[chunk.keys],
-            causal=True,
-            **chunk.lengths(),
-            **ctx.attention,
+            None,
+            *ctx.call,
+            keys.dk[rows],
+            keys.dv[rows],
+            None,
         )
         return dq, torch.zeros((), device=dq.device), None, None, None
 
 
+_UNUSED: dict[str, Any] = {"seqused_k": None, "sinks": None, "dropout_p": 0.0, "rng_state": None}
+_DEFAULTS: dict[str, Any] = {
+    "window": (-1, -1),
+    "softmax_scale": None,
+    "softcap": 0.0,
+    "alibi_slopes": None,
+}
+
+
 def _attend(
     q: Tensor, keys: _Keys, chunk: DeviceChunk, attention: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Call]:
+    """out (c, Hq, Dv), lse (Hq, c) and the operator's arguments, which the backward takes too."""
     slopes = attention.get("alibi_slopes")
     if slopes is not None and isinstance(q, Tensor) and q.dim() == 3:
         check_tensor("alibi_slopes", slopes, shape=q.shape[1:2], layout="(Hq,)")
-    return varlen_attention(  # type: ignore[return-value]
+    k, v = keys.k[chunk.keys], keys.v[chunk.keys]
+    call = check_call(
         q,
-        keys.k[chunk.keys],
-        keys.v[chunk.keys],
+        k,
+        v,
         causal=True,
-        return_lse=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
         **chunk.lengths(),
-        **attention,
+        **_UNUSED,
+        **_DEFAULTS | attention,
     )
+    out, lse = torch.ops.varstream.varlen_attention(q, k, v, *call)
+    return out, lse, call
+
+
+def _queries(q: Tensor) -> Tensor:
+    """A function's own queries, of any strides and dtype, as the operator takes them."""
+    return in_kernel_layout(*cast_for_autocast(q))
 
 
 # --- the layer ------------------------------------------------------------------------------------
@@ -292,7 +313,7 @@ def _kind(value: Any) -> str:
 def _forward_attend(keys: _Keys | None, chunk: DeviceChunk, attention: dict[str, Any]) -> Attend:
     def attend(q: Tensor) -> Tensor:
         assert keys is not None
-        return _attend(q, keys, chunk, attention)[0]
+        return _attend(_queries(q), keys, chunk, attention)[0]
 
     return attend
 
@@ -332,7 +353,7 @@ def _backward_rest(
     anchor = torch.zeros((), device=x.device, requires_grad=True)
 
     def attend(q: Tensor) -> Tensor:
-        return _Attend.apply(*cast_for_autocast(q), anchor, keys, chunk, work.attention)
+        return _Attend.apply(_queries(q), anchor, keys, chunk, work.attention)
 
     with torch.enable_grad():
         part = x[rows].detach().requires_grad_(dx is not None)
@@ -356,6 +377,8 @@ def _backward_kv(
 
 def _autocast_state(device_type: str) -> Callable[[], Any]:
     """A factory of contexts that restore the autocast state of now, for the recomputation."""
+    if device_type == "meta":  # unknown to autocast
+        return nullcontext
     enabled = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type)
     return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled)

@@ -152,7 +152,7 @@ def check_sequence_index(seq_idx: Any, rows: Rows) -> None:
     index = rows.pack(seq_idx.long()[..., None]).flatten()
     begins = torch.zeros(rows.total, dtype=torch.bool, device=index.device)
     edges = [n for n in rows.lengths if n < rows.total]
-    begins[torch.tensor(edges, dtype=torch.int64, device=index.device)] = True
+    begins[_on_device(edges, index.device)] = True
     changes = index.diff() != 0
     columns = torch.arange(rows.batch * rows.seqlen, device=index.device) % rows.seqlen
     first = columns if rows.indices is None else columns[rows.indices]
@@ -190,5 +190,10 @@ def shift_labels(labels: Tensor, rows: Rows, ignore_index: int = -100) -> Tensor
     ends = [
         end - 1 for begin, end in zip(rows.lengths, rows.lengths[1:], strict=False) if end > begin
     ]
-    targets[torch.tensor(ends, device=labels.device)] = ignore_index
+    targets[_on_device(ends, labels.device)] = ignore_index
     return targets
+
+
+def _on_device(values: list[int], device: torch.device) -> Tensor:
+    """int64 (n,), copied without waiting for the device."""
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)

@@ -17,6 +17,7 @@ from varstream.integrations.transformers.masks import (
     split_at_restarts,
 )
 from varstream.ops.attention import varlen_attention
+from varstream.ops.attention_call import in_kernel_layout
 
 # What a model or a caller may ask of an attention function and that this one can't do.
 _REFUSED = (
@@ -136,7 +137,7 @@ def varstream_attention(
 def _packed_rows(x: Tensor, indices: Tensor | None) -> Tensor:
     """x (B, H, S, D) to its real rows (total, H, D)."""
     rows = x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
-    return rows if indices is None else torch.ops.varstream.pack(rows, indices)
+    return in_kernel_layout(rows) if indices is None else torch.ops.varstream.pack(rows, indices)
 
 
 def _check_sizes(rows: RowMask, query: Tensor, key: Tensor) -> None:
