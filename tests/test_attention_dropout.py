@@ -3,13 +3,12 @@ bit."""
 
 import pytest
 import torch
-from attention_cases import HEADS, OPTIONS, assert_forward, gradients, make
+from attention_cases import HEADS, OPTIONS, assert_backward, assert_forward, make
 from cases import cu_seqlens
 
 import varstream as vs
 from varstream.reference import philox
 from varstream.reference.philox import keep_scale, philox4x32
-from varstream.testing import assert_exact, dense_attention
 
 
 def keep_factors(state, p, lq, lk):
@@ -42,14 +41,7 @@ def test_dropout_is_exact_and_replays(backend, options):
         q, k, v, keywords, inputs = make(lq, lk, OPTIONS[options], dtype=dtype)
         out, lse = backend.attention(q, k, v, *cu, dropout_p=p, rng_state=state, **keywords)
         assert_forward(backend, (out, lse), q, k, v, *cu, keep=keep, **keywords)
-        if not backend.exact:
-            continue
-        want, want_lse = dense_attention(q, k, v, *cu, keep=keep, **keywords)
-        dout, dlse = torch.randn_like(out), torch.randn_like(lse)
-        got = gradients(out, lse, inputs, dout, dlse)
-        expected = gradients(want, want_lse, inputs, dout, dlse)
-        for g, w in zip(got, expected, strict=True):
-            assert_exact(g, w)
+        assert_backward(backend, (out, lse), inputs, q, k, v, *cu, keep=keep, **keywords)
 
 
 STATES = {"small": [3, 0], "wide": [-(2**62) + 2**33 + 5, 2**40 + 3], "negative": [-1, -7]}
@@ -73,6 +65,28 @@ def test_the_mask_is_philox_bit_for_bit(backend, state, p):
             kept = out[row : row + n, :, :m].transpose(0, 1) != 0  # (Hq, n, m)
             assert torch.equal(kept, keep != 0)
             row += n
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+@pytest.mark.parametrize("p", [0.0001, 0.5, 0.97])
+def test_the_backward_replays_the_mask_bit_for_bit(backend, state, p):
+    """Scores of 0 and unit dout: dv (m, H, n) is the dropped probabilities themselves."""
+    lq, lk, width = [3, 1, 35], [6, 2, 131], 40
+    cu, rng_state = (cu_seqlens(lq), cu_seqlens(lk)), torch.tensor(state)
+    for dtype in backend.dtypes:
+        q = torch.zeros(sum(lq), HEADS, 8, dtype=dtype)
+        k = torch.randn(sum(lk), HEADS, 8, dtype=dtype)
+        v = torch.randn(sum(lk), HEADS, width, dtype=dtype, requires_grad=True)
+        dout = torch.cat([torch.eye(width, dtype=dtype)[:n] for n in lq]).unsqueeze(1)
+        out, _ = backend.attention(q, k, v, *cu, dropout_p=p, rng_state=rng_state)
+        (dv,) = torch.autograd.grad((out * dout).sum(), v)
+        row = 0
+        for keep, n, m in zip(keep_factors(rng_state, p, lq, lk), lq, lk, strict=True):
+            weights = dv[row : row + m, :, :n].permute(1, 2, 0)  # (H, n, m)
+            want = keep / m
+            assert torch.equal(weights != 0, want != 0)
+            assert torch.allclose(weights.double(), want, rtol=torch.finfo(dtype).eps)
+            row += m
 
 
 def test_dropout_follows_torch_seed_and_drops_p():

@@ -5,66 +5,22 @@ is refused by name."""
 import emulation
 import pytest
 import torch
-from attention_cases import HEADS, OPTIONS, assert_forward, make, on
+from attention_cases import (
+    DEFAULTS,
+    HEADS,
+    LIES,
+    OPTIONS,
+    assert_forward,
+    call_kernel,
+    case,
+    int32,
+    make,
+    on,
+)
 from cases import cu_seqlens
 
 import varstream as vs
-from varstream.ops.attention_call import Call, _check_kernel_rows, check_call
-
-DEFAULTS = {
-    "max_seqlen_q": None,
-    "max_seqlen_k": None,
-    "seqused_k": None,
-    "causal": False,
-    "window": (-1, -1),
-    "softmax_scale": None,
-    "softcap": 0.0,
-    "alibi_slopes": None,
-    "sinks": None,
-    "dropout_p": 0.0,
-    "deterministic": False,
-    "rng_state": None,
-}
-
-
-def call_kernel(backend, q, k, v, call: Call):
-    """The operator below the checks that Python makes: values in tensors go unseen."""
-    name = "varstream_emulated" if backend.name == "emulated" else "varstream"
-    operator = getattr(torch.ops, name).varlen_attention
-    out, lse = operator(*(backend.here(t) for t in (q, k, v, *call)))
-    return out.cpu(), lse.cpu()
-
-
-def case(backend, lq, lk, options, dtype=None, **shape):
-    """q, k, v without gradients and the arguments of the operator after them."""
-    q, k, v, keywords, _ = make(lq, lk, options, dtype=dtype or backend.dtypes[0], **shape)
-    q, k, v = (t.detach() for t in (q, k, v))
-    if "sinks" in keywords:
-        keywords["sinks"] = keywords["sinks"].detach()
-    arguments = DEFAULTS | {"cu_seqlens_q": cu_seqlens(lq), "cu_seqlens_k": cu_seqlens(lk)}
-    return q, k, v, check_call(q, k, v, **(arguments | keywords))
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
-BIG = 2**31 - 1
-LIES = {
-    "falling": {"cu_seqlens_q": int32(0, 60, 20, 90), "cu_seqlens_k": int32(0, 99, 3, 130)},
-    "negative": {"cu_seqlens_q": int32(-5, 10, -70, 90), "cu_seqlens_k": int32(-9, 7, -1, 130)},
-    "past_the_rows": {"cu_seqlens_q": int32(0, 50, 91, 500), "cu_seqlens_k": int32(0, 131, 700, 9)},
-    "extreme": {
-        "cu_seqlens_q": int32(-BIG - 1, BIG, -BIG, BIG),
-        "cu_seqlens_k": int32(BIG, -BIG - 1, BIG, 0),
-    },
-    "all_rows_thrice": {
-        "cu_seqlens_q": int32(0, BIG, 0, BIG),
-        "cu_seqlens_k": int32(0, BIG, 0, BIG),
-    },
-    "seqused": {"seqused_k": int32(-3, 1000, BIG)},
-    "seqused_negative": {"seqused_k": int32(-BIG - 1, -1, 0)},
-}
+from varstream.ops.attention_call import _check_kernel_rows, check_call
 
 
 @on("emulated", "cuda")

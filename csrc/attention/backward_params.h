@@ -53,7 +53,7 @@ struct SinkParams {
   const RowStatistics* statistics;  // (total_q, heads)
   const float* sinks;               // (heads,) natural log
   float* dsinks;                    // (heads,) added into
-  int32_t total_q;
+  varlen::PackedLengths lengths;    // of queries; rows after the last sequence don't count
   int32_t heads;
 };
 

@@ -14,6 +14,7 @@
 #include "ptx/shared_memory.cuh"
 #include "ptx/warp.cuh"
 #include "tile/fragment.cuh"
+#include "varlen/sequence.h"
 
 namespace varstream::attention {
 
@@ -54,8 +55,9 @@ struct BackwardSinks {
     const auto head = static_cast<int32_t>(block_index().x);
     const int thread = static_cast<int>(thread_index().x);
     const float sink = p.sinks[head] * kLog2E;
+    const int32_t queries = varlen::sequence_at(p.lengths, p.lengths.batch).q0;
     float sum = 0.0f;
-    for (int32_t query = thread; query < p.total_q; query += kThreads) {
+    for (int32_t query = thread; query < queries; query += kThreads) {
       const RowStatistics row = p.statistics[int64_t{query} * p.heads + head];
       const bool empty = sink == -INFINITY || row.lse == INFINITY;
       sum += empty ? 0.0f : ptx::exp2_approx(sink - row.lse) * row.delta;

@@ -4,10 +4,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "torch/attention_checks.h"
 #include "torch/checks.h"
@@ -87,6 +89,21 @@ inline bool overlap(const torch::stable::Tensor& a, const torch::stable::Tensor&
   return a0 < b1 && b0 < a1;
 }
 
+// Whether every element has its own place in memory: beyond all that smaller strides reach.
+inline bool elements_apart(const torch::stable::Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> axes;  // stride, size
+  for (int64_t axis = 0; axis < t.dim(); ++axis) {
+    if (t.size(axis) > 1) axes.push_back({t.stride(axis), t.size(axis)});
+  }
+  std::sort(axes.begin(), axes.end());
+  int64_t reach = 0;
+  for (const auto& [stride, size] : axes) {
+    if (stride <= reach) return false;
+    reach += (size - 1) * stride;
+  }
+  return true;
+}
+
 // A buffer that is added into: float32, of the shape given, each element once in memory.
 inline void check_accumulator(const torch::stable::Tensor& t,
                               const char* name,
@@ -97,9 +114,10 @@ inline void check_accumulator(const torch::stable::Tensor& t,
                   " must be float32 and have the shape of what it is the gradient of, got shape ",
                   shape_text(t));
   check_same_device(t, name, q, "q");
-  for (int64_t axis = 0; axis < t.dim(); ++axis) {
-    VARSTREAM_CHECK(t.size(axis) < 2 || t.stride(axis) != 0, name, " must not be expanded");
-  }
+  if (t.numel() == 0) return;
+  VARSTREAM_CHECK(elements_apart(t),
+                  name,
+                  " must not be expanded or overlap itself: each element is added into on its own");
   const int64_t last = t.dim() - 1;
   VARSTREAM_CHECK(t.size(last) < 2 || t.stride(last) == 1,
                   name,
@@ -118,12 +136,19 @@ inline void check_accumulators(const torch::stable::Tensor& q,
   VARSTREAM_CHECK(g.dsinks.has_value() == o.sinks.has_value(),
                   "dsinks must be given exactly when sinks is given");
   if (g.dsinks) check_accumulator(*g.dsinks, "dsinks", {q.size(1)}, q);
-  const torch::stable::Tensor* read[] = {&q, &k, &v, &saved.dout, &saved.out, &saved.lse};
+  const torch::stable::Tensor* read[] = {&q,
+                                         &k,
+                                         &v,
+                                         &saved.dout,
+                                         &saved.out,
+                                         &saved.lse,
+                                         saved.dlse ? &*saved.dlse : nullptr,
+                                         o.sinks ? &*o.sinks : nullptr};
   const torch::stable::Tensor* written[] = {&g.dk, &g.dv, g.dsinks ? &*g.dsinks : nullptr};
   for (const auto* buffer : written) {
     if (buffer == nullptr) continue;
     for (const auto* t : read) {
-      VARSTREAM_CHECK(!overlap(*buffer, *t),
+      VARSTREAM_CHECK(t == nullptr || !overlap(*buffer, *t),
                       "dk, dv and dsinks must not share memory with an input (their address "
                       "ranges overlap)");
     }

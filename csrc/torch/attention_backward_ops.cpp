@@ -105,7 +105,7 @@ Tensor backward_kernels(const Tensor& q,
     attention::launch_backward_sinks({rows,
                                       p.forward.sinks,
                                       gradients.dsinks->mutable_data_ptr<float>(),
-                                      p.forward.lengths.total_q,
+                                      p.forward.lengths,
                                       p.forward.heads},
                                      stream);
   }
