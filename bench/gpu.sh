@@ -8,8 +8,11 @@
 #               torch's stable ABI resolve
 #   test        the tests marked gpu
 #   memcheck racecheck synccheck initcheck
+#   memcheck-backward racecheck-backward synccheck-backward initcheck-backward
 #               small attention tests under compute-sanitizer, left out where it can't run
 #   bench-dense bench-ragged bench-grouped bench-rest
+#   bench-backward-64 bench-backward-128 bench-backward-ragged bench-backward-grouped
+#   bench-backward-rest bench-chunks bench-sums
 #               microbenchmarks, each checked for correctness first, to bench/results/<gpu>.json
 #
 # A step that fails makes the script fail in the end; the steps after it still run, and what one
@@ -20,8 +23,10 @@ cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 logs=${GPU_LOGS:-build/gpu}
 limit=${GPU_LIMIT:-590}
-sanitize=(memcheck racecheck synccheck initcheck)
-bench=(bench-dense bench-ragged bench-grouped bench-rest)
+tools=(memcheck racecheck synccheck initcheck)
+sanitize=("${tools[@]}" "${tools[@]/%/-backward}")
+bench=(bench-dense bench-ragged bench-grouped bench-rest bench-backward-64 bench-backward-128
+  bench-backward-ragged bench-backward-grouped bench-backward-rest bench-chunks bench-sums)
 all=(build test "${sanitize[@]}" "${bench[@]}")
 left_out=77 # exit code of a step that can't run here
 
@@ -31,6 +36,9 @@ attention_files="tests/test_attention.py tests/test_attention_dropout.py tests/t
 attention_small="head_shapes or head_groups or rows_that_no_sequence_holds or a_row_that_sees_nothing"
 attention_most="$attention_small or awkward_lengths_at_tile_edges or lengths_that_lie or inert_tail or philox_bit_for_bit"
 packing_some="alignment or out_of_range or isolation"
+# All that the backward's files hold; the tests above differentiate as well.
+backward_files="tests/test_attention_backward*.py"
+backward_all="backward"
 
 build() {
   "$python" -c 'import torch; print("torch", torch.__version__, torch.cuda.get_device_name())'
@@ -93,6 +101,14 @@ step() {
       # shellcheck disable=SC2086
       sanitizer initcheck -- $attention_files -k "$attention_small"
       ;;
+    racecheck-backward | synccheck-backward)
+      # shellcheck disable=SC2086
+      sanitizer "${1%-backward}" "${ours[@]}" -- $backward_files -k "$backward_all"
+      ;;
+    memcheck-backward | initcheck-backward)
+      # shellcheck disable=SC2086
+      sanitizer "${1%-backward}" -- $backward_files -k "$backward_all"
+      ;;
     bench-dense) run_cases 'attention_forward/dense_*' ;;
     bench-ragged) run_cases 'attention_forward/ragged_*_mha_*' 'attention_forward/short_*' ;;
     bench-grouped) run_cases 'attention_forward/ragged_*_gqa_*' 'tile_schedule' ;;
@@ -100,8 +116,15 @@ step() {
       local names
       names=$("$python" -m bench list --names --device cuda) || return 1
       # shellcheck disable=SC2046  # names are words
-      run_cases $(grep -vE '^(attention_forward|tile_schedule)/' <<<"$names")
+      run_cases $(grep -vE '^(attention_(forward|backward|chunks)|tile_schedule)/' <<<"$names")
       ;;
+    bench-backward-64) run_cases 'attention_backward/dense_*_hd64_*' ;;
+    bench-backward-128) run_cases 'attention_backward/dense_*_hd128_*' ;;
+    bench-backward-ragged) run_cases 'attention_backward/ragged_*_mha_*' ;;
+    bench-backward-grouped) run_cases 'attention_backward/ragged_*_gqa_*' ;;
+    bench-backward-rest) run_cases 'attention_backward/short_*' 'attention_backward/deterministic_*' ;;
+    bench-chunks) run_cases 'attention_chunks/chunk_*' ;;
+    bench-sums) run_cases 'attention_chunks/sum_*' ;;
   esac
 }
 

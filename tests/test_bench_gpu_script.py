@@ -15,13 +15,23 @@ from bench.cases import all_cases, matching
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "bench/gpu.sh"
-BENCH = ("bench-dense", "bench-ragged", "bench-grouped", "bench-rest")
-STEPS = ("build", "test", "memcheck", "racecheck", "synccheck", "initcheck", *BENCH)
+BACKWARD = ("64", "128", "ragged", "grouped", "rest")
+BENCH = (
+    *("bench-dense", "bench-ragged", "bench-grouped", "bench-rest"),
+    *(f"bench-backward-{part}" for part in BACKWARD),
+    *("bench-chunks", "bench-sums"),
+)
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+SANITIZE = (*TOOLS, *(f"{tool}-backward" for tool in TOOLS))
+STEPS = ("build", "test", *SANITIZE, *BENCH)
+# The cases of bench-rest are those of no other step.
+ELSEWHERE = "(attention_(forward|backward|chunks)|tile_schedule)/"
 
 # Stands for python and for compute-sanitizer: notes its arguments, fails where told to.
 STUB = """#!/usr/bin/env bash
 echo "$(basename "$0") $*" >> "$CALLS"
-case "$*" in *"bench list --names"*) printf 'attention_forward/x\\nmerge/y\\nhead/z\\n' ;; esac
+case "$*" in *"bench list --names"*)
+    printf '%s/x\\n' attention_forward attention_backward attention_chunks merge head ;; esac
 [ -z "$FAILS" ] || [[ "$*" != *"$FAILS"* ]]
 """
 
@@ -59,12 +69,14 @@ def test_every_step_runs_in_order(script):
     done, summary, calls = script()
     assert done.returncode == 0, done.stderr
     assert summary == [f"{name}: ok" for name in STEPS]
-    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
-        (line,) = re.findall(rf"--tool {tool} .*", calls)
-        assert "--error-exitcode 1" in line and "-m pytest -q -m gpu and not slow" in line
-        # A filtered initcheck would not see the copies that fill our inputs.
-        assert ("kns=varstream" in line) == (tool in ("racecheck", "synccheck"))
-    assert "bench run --device cuda merge/y head/z\n" in calls
+    for tool in TOOLS:
+        lines = re.findall(rf"--tool {tool} .*", calls)
+        assert ["test_attention_backward" in line for line in lines] == [False, True]
+        for line in lines:
+            assert "--error-exitcode 1" in line and "-m pytest -q -m gpu and not slow" in line
+            # A filtered initcheck would not see the copies that fill our inputs.
+            assert ("kns=varstream" in line) == (tool in ("racecheck", "synccheck"))
+    assert "bench run --device cuda merge/x head/x\n" in calls
 
 
 def test_a_failure_stops_nothing_but_is_told(script):
@@ -75,7 +87,7 @@ def test_a_failure_stops_nothing_but_is_told(script):
     done, summary, calls = script("sanitize", "bench", fails="attention_forward/dense")
     assert done.returncode == 1
     assert [line for line in summary if "FAILED" in line] == ["bench-dense: FAILED, exit code 1"]
-    assert len(summary) == 8
+    assert len(summary) == len(SANITIZE) + len(BENCH)
 
 
 def test_nothing_follows_a_failed_build(script):
@@ -100,19 +112,22 @@ def test_a_wrong_step_is_named():
 
 def test_every_gpu_case_is_in_one_step():
     found: list[str] = []
-    for patterns in re.findall(r"^    bench-\w+\) run_cases (.*) ;;$", SCRIPT.read_text(), re.M):
+    for patterns in re.findall(r"^    bench-[\w-]+\) run_cases (.*) ;;$", SCRIPT.read_text(), re.M):
         found += [case.name for case in matching([p.strip("'") for p in patterns.split()])]
     on_gpu = [name for name, case in all_cases().items() if "cuda" in case.devices]
-    rest = [n for n in on_gpu if not re.match("(attention_forward|tile_schedule)/", n)]
+    assert f"^{ELSEWHERE}" in SCRIPT.read_text()
+    rest = [n for n in on_gpu if not re.match(ELSEWHERE, n)]
     assert rest and sorted(found + rest) == sorted(on_gpu)
 
 
 def test_every_selection_finds_tests_of_a_gpu():
     """Collected as on a machine with a GPU."""
     text = SCRIPT.read_text()
-    names = dict(re.findall(r'^(attention_\w+|packing_some)="(.*)"$', text, re.M))
+    names = dict(re.findall(r'^(attention_\w+|backward_\w+|packing_some)="(.*)"$', text, re.M))
     most = names["attention_most"].replace("$attention_small", names["attention_small"])
-    files = [*names["attention_files"].split(), "tests/gpu/test_packing_gpu.py"]
+    backward = [str(path) for path in ROOT.glob(names["backward_files"])]
+    assert backward
+    files = [*names["attention_files"].split(), *backward, "tests/gpu/test_packing_gpu.py"]
     code = (
         "import sys, torch, pytest\n"
         "torch.cuda.is_available = lambda: True\n"
@@ -122,7 +137,7 @@ def test_every_selection_finds_tests_of_a_gpu():
     command = [sys.executable, "-c", code, *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
-    collected = re.findall(r"::(\w+\[?[^\n]*)", done.stdout)
-    for words in (most, names["attention_small"], names["packing_some"]):
+    collected = re.findall(r"^(\S+::\w+\[?[^\n]*)", done.stdout, re.M)
+    for words in (most, names["attention_small"], names["packing_some"], names["backward_all"]):
         for word in words.split(" or "):
             assert any(word in test for test in collected), f"no test of a GPU holds {word!r}"

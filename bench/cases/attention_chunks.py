@@ -129,5 +129,5 @@ CASES = (
     *(_chunk(c, p, "gqa_hd128") for p in (8192, 16384, 32768, 65536) for c in (1024, 2048)),
     *(_chunk(c, 16384, heads) for c in (1024, 2048) for heads in ("mha_hd64", "mha_hd128")),
     *(_sum(16384, chunk, heads) for chunk in (1024, 2048) for heads in grid.HEADS),
-    _sum(65536, 2048, "gqa_hd128"),
+    _sum(32768, 2048, "gqa_hd128"),
 )
