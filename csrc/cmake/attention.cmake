@@ -1,5 +1,5 @@
 # Sources of the attention kernels' instances, one per dtype and padded head dims, generated from
-# csrc/attention/*_instance.cu.in. The list of head dims is the one in forward_launch.cu.
+# csrc/attention/*_instance.cu.in. The list of head dims is the one in head_dims.h.
 get_filename_component(attention_templates "${CMAKE_CURRENT_LIST_DIR}/../attention" ABSOLUTE)
 set(attention_head_dims 32/32 64/64 96/96 128/128 192/128 192/192 256/256)
 

@@ -182,8 +182,6 @@ void* first_frame(uint8_t* bottom, size_t bytes, void (*enter)(Fiber*), Fiber* s
 // warp would fall into one set of the host's first-level cache.
 constexpr size_t kColours = 16, kColourBytes = 192;
 
-constexpr size_t kOutermostBytes = 8 << 10;
-
 size_t page_bytes() {
   static const auto bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   return bytes;
@@ -215,6 +213,7 @@ void Fiber::start(Entry entry, void* argument) {
 #if VARSTREAM_ASAN
   // Frames that were never returned from left their marks: the outermost ones of a fiber that
   // finished, all of one that was abandoned after an error.
+  constexpr size_t kOutermostBytes = 8 << 10;
   const size_t marked = finished_ ? kOutermostBytes : bytes_;
   __asan_unpoison_memory_region(stack_ + page_bytes() + bytes_ - marked, marked);
 #endif

@@ -130,7 +130,11 @@ inline void check_attention_options(const torch::stable::Tensor& q, const Attent
     check_same_device(t, "sinks", q, "q");
   }
   VARSTREAM_CHECK(o.window_left >= -1 && o.window_right >= -1,
-                  "window must be at least -1 on both sides");
+                  "window must be at least -1 on both sides, got (",
+                  o.window_left,
+                  ", ",
+                  o.window_right,
+                  ")");
   VARSTREAM_CHECK(o.softcap >= 0.0, "softcap must be at least 0, got ", o.softcap);
   VARSTREAM_CHECK(
       o.dropout_p >= 0.0 && o.dropout_p < 1.0, "dropout_p must be in [0, 1), got ", o.dropout_p);
