@@ -16,7 +16,12 @@ import pytest
 pytestmark = pytest.mark.slow
 
 TESTS = Path(__file__).resolve().parent
-SUITE = ["test_attention.py", "test_attention_dropout.py", "test_attention_kernel.py"]
+SUITE = [
+    "test_attention.py",
+    "test_attention_dropout.py",
+    "test_attention_kernel.py",
+    "test_attention_launch.py",
+]
 SCHEDULES = ["warp-greedy", "20260"]  # a number: the seed of a random one
 FEWEST_TESTS = 150
 
