@@ -23,7 +23,10 @@ COMMITTED: dict[tuple[str, str], Row] = {
     kernel_table.key_of(row): row for row in kernel_table.read_table()["kernels"]
 }
 KEYS = list(COMMITTED)
-IDS = [" ".join(key) for key in KEYS]
+# What one template's constants make: all dtypes and architectures.
+GROUPS: dict[str, list[tuple[str, str]]] = {}
+for _key in KEYS:
+    GROUPS.setdefault(kernel_table.constants_of(_key[0]), []).append(_key)
 
 
 @functools.cache
@@ -37,12 +40,14 @@ def report() -> dict[str, Any]:
     return found
 
 
+@functools.cache
 def rows() -> dict[tuple[str, str], Row]:
     if kernel_build.nvcc() is None:
         pytest.skip("needs nvcc")
     return {kernel_table.key_of(row): row for row in report()["kernels"]}
 
 
+@functools.cache
 def same_compiler() -> bool:
     return bool(report()["nvcc"] == kernel_table.read_table()["nvcc"])
 
@@ -50,13 +55,12 @@ def same_compiler() -> bool:
 @functools.cache
 def traits() -> dict[str, dict[str, Any]]:
     """The kernels' constants by kernel_table.traits_key."""
+    if kernel_build.headers() is None:
+        pytest.skip("needs the CUDA toolkit's headers")
     found = kernel_build.traits(kernel_build.generated_sources())
     return {kernel_table.traits_key(t): t for t in found}
 
 
 def traits_of(row: Row) -> dict[str, Any]:
     """The constants of a row's kernel."""
-    kernel, _, rest = row["kernel"].partition(" ")
-    if kernel == "attention_forward":
-        return traits()[rest.partition(" ")[2]]
-    return traits()["tile_schedule" if kernel == "tile_schedule" else "rows"]
+    return traits()[kernel_table.constants_of(row["kernel"])]

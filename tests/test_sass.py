@@ -7,23 +7,27 @@ import copy
 
 import kernels
 import pytest
-from kernels import COMMITTED, IDS, KEYS, kernel_table
+from kernels import COMMITTED, GROUPS, KEYS, kernel_table
 
-import kernel_build  # isort: skip  (csrc/tools, put on the path by kernels)
+import kernel_bars  # isort: skip  (csrc/tools, put on the path by kernels)
+import kernel_build  # isort: skip
 import kernel_sass  # isort: skip
 
 PLAIN = COMMITTED["attention_forward bf16 128/128 plain", "sm_80"]
 MODIFIED = COMMITTED["attention_forward bf16 128/128 modified", "sm_80"]
+BACKWARD = COMMITTED["attention_backward bf16 128/128 plain", "sm_80"]
+QUERY = COMMITTED["attention_backward_query bf16 128/128 plain", "sm_80"]
 
 
-@pytest.mark.parametrize("key", KEYS, ids=IDS)
-def test_machine_code(key):
+@pytest.mark.parametrize("group", GROUPS)
+def test_machine_code(group):
     if kernel_build.nvdisasm() is None:
         pytest.skip("needs nvdisasm: a CUDA toolkit, triton, or VARSTREAM_NVDISASM=path")
-    row = kernels.rows()[key]
-    assert kernel_table.violations(row, kernels.traits_of(row)) == []
-    if kernels.same_compiler():
-        assert kernel_table.differences(COMMITTED[key], row, same_compiler=True) == []
+    for key in GROUPS[group]:
+        row = kernels.rows()[key]
+        assert kernel_bars.violations(row, kernels.traits_of(row)) == [], key
+        if kernels.same_compiler():
+            assert kernel_table.differences(COMMITTED[key], row, same_compiler=True) == [], key
 
 
 def test_the_table_holds_every_kernel_s_counts():
@@ -34,7 +38,7 @@ def test_the_table_holds_every_kernel_s_counts():
 
 def test_the_ideal_by_hand():
     """128 x 64 tile of head dim 128, four warps of 32 rows."""
-    ideal = kernel_table.forward_ideal(kernels.traits_of(PLAIN))
+    ideal = kernel_bars.forward_ideal(kernels.traits_of(PLAIN))
     assert ideal == {
         "LDSM": 8 * (2 + 4) + 4 * 8,  # 8 steps of 2 Q and 4 K fragments; 4 steps of 8 V fragments
         "HMMA": 8 * 2 * 8 + 4 * 2 * 16,
@@ -42,6 +46,42 @@ def test_the_ideal_by_hand():
         "STG128": 128 * 256 // 16 // 128,
         "STG32": 4,
     }
+
+
+def test_the_backward_s_ideal_by_hand():
+    """64 x 128 tile of head dim 128, eight warps: 32 x 32 scores, 32 x 64 of dK, 32 x 32 of dQ."""
+    ideal = kernel_bars.backward_ideal(kernels.traits_of(BACKWARD))
+    scores, gradients = 8 * (2 + 2), 8 * (2 + 1) + 8 * (2 + 1)  # dO's fragments twice: in two parts
+    assert ideal == {
+        "LDSM": scores + gradients + 4 * (2 + 4) + 8 * (2 + 2) + 4 * (2 + 4),
+        "HMMA": 5 * 2 * 64 * 128 * 128 // (8 * 2 * 16 * 8 * 16),
+        "LDGSTS": (128 + 2 * 64) * 2 * 256 // 16 // 256,
+        "LDGSTS64": 2,
+        "STG128": 128 * 2 * 256 // 16 // 256,
+        "STG32": 2 * 32 * 64 // 32,
+        "STS": 2 * 32 * 32 // 2 // 32,
+        "RED": 32 * 32 // 32,
+    }
+
+
+def test_the_ideal_of_owned_queries_by_hand():
+    """64 x 64 tile of head dim 128, four warps of 16 rows."""
+    ideal = kernel_bars.query_ideal(kernels.traits_of(QUERY))
+    assert ideal == {
+        "LDSM": 2 * 8 * (1 + 4) + 4 * 8,
+        "HMMA": 3 * 64 * 64 * 128 // (4 * 16 * 8 * 16),
+        "LDGSTS": 4 * 64 * 256 // 16 // 128,
+        "STG128": 64 * 256 // 16 // 128,
+    }
+
+
+def with_value(row: kernels.Row, path: tuple[str, ...], value: object) -> kernels.Row:
+    changed = copy.deepcopy(row)
+    place = changed["sass"]
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    return changed
 
 
 @pytest.mark.parametrize(
@@ -63,25 +103,62 @@ def test_the_ideal_by_hand():
     ],
 )
 def test_counts_off_the_ideal_miss_the_bar(path, value, complaint):
-    row = copy.deepcopy(PLAIN)
-    place = row["sass"]
-    for name in path[:-1]:
-        place = place[name]
-    place[path[-1]] = value
-    assert kernel_table.violations(row, kernels.traits_of(row)) == [complaint]
+    row = with_value(PLAIN, path, value)
+    assert kernel_bars.violations(row, kernels.traits_of(row)) == [complaint]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        (("loop", "LDSM"), 80, "LDSM in the loop: 80, not 160"),
+        (("HMMA",), 640, "HMMA: 640, not 320"),
+        (("LDGSTS",), {"128": 34}, "LDGSTS by width: {'128': 34}, not {'128': 32, '64': 2}"),
+        (("STG",), {"32": 192}, "STG by width: {'32': 192}, not {'128': 16, '32': 128}"),
+        (("loop", "STS"), 64, "STS in the loop: 64, not 32"),
+        (("RED",), {"32": 65}, "words added to dQ: 65, over 64"),
+        (("RED",), {"128": 17}, "words added to dQ: 68, over 64"),
+        (("loop", "LDG"), 1, "LDG in the loop: 1, over 0"),
+    ],
+)
+def test_the_backward_s_counts_off_the_ideal_miss_the_bar(path, value, complaint):
+    row = with_value(BACKWARD, path, value)
+    assert kernel_bars.violations(row, kernels.traits_of(row)) == [complaint]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        (("LDSM",), 80, "LDSM: 80, not 112"),
+        (("STG",), {"128": 8, "32": 1}, "STG by width: {'128': 8, '32': 1}, not {'128': 8}"),
+        (("RED",), {"32": 4}, "RED by width: {'32': 4}, not {}"),
+    ],
+)
+def test_owned_queries_counts_off_the_ideal_miss_the_bar(path, value, complaint):
+    row = with_value(QUERY, path, value)
+    assert kernel_bars.violations(row, kernels.traits_of(row)) == [complaint]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name", "wide"),
+    [("attention_backward_prepare", "LDG", 2), ("attention_backward_round", "STG", 1)],
+)
+def test_narrow_passes_over_rows_miss_the_bar(kernel, name, wide):
+    row = with_value(COMMITTED[f"{kernel} bf16", "sm_80"], (name,), {"64": 4})
+    complaint = f"{name} of 16 bytes: 0, not {wide}"
+    assert kernel_bars.violations(row, kernels.traits_of(row)) == [complaint]
 
 
 def test_modified_kernels_read_scalars_in_the_loop():
     row = copy.deepcopy(MODIFIED)
     assert row["sass"]["loop"]["LDG"] > 0
     row["sass"]["loop"]["LDG"] = 8
-    assert kernel_table.violations(row, kernels.traits_of(row)) == ["LDG in the loop: 8, over 7"]
+    assert kernel_bars.violations(row, kernels.traits_of(row)) == ["LDG in the loop: 8, over 7"]
 
 
 def test_narrow_copies_of_16_byte_rows_miss_the_bar():
     row = copy.deepcopy(COMMITTED["gather_rows 16-byte", "sm_90"])
     row["sass"]["STG"] = {"32": 8}
-    [complaint] = kernel_table.violations(row, kernels.traits_of(row))
+    [complaint] = kernel_bars.violations(row, kernels.traits_of(row))
     assert complaint == "STG by width: {'32'}, not {'128'}"
 
 
@@ -105,7 +182,13 @@ LISTING = """
 .L_x_2:
         /*00a0*/               @P2 BRA `(.L_x_3) ;
         /*00b0*/                   LDGSTS.E.BYPASS.128 [R4], [R2.64], P0 ;
+        /*00b1*/               @P3 BRA `(.L_x_5) ;
+        /*00b2*/                   RED.E.ADD.F32.FTZ.RN.STRONG.GPU [R2.64], R8 ;
+        /*00b3*/                   BRA `(.L_x_3) ;
+.L_x_5:
+        /*00b4*/                   REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU desc[UR8][R2.64], R8 ;
 .L_x_3:
+        /*00b8*/                   STS [R4], R8 ;
         /*00c0*/                   HMMA.16816.F32 R8, R4, R6, R8 ;
         /*00d0*/                   BRA !P1, `(.L_x_0) ;
         /*00e0*/                   STL [R1], R2 ;
@@ -123,13 +206,15 @@ LISTING = """
 
 def test_listings_are_read():
     first, second = (kernel_sass.counts_by_kernel(LISTING)[name] for name in ("first", "second"))
-    assert first["instructions"] == 17 and second["instructions"] == 3
+    assert first["instructions"] == 22 and second["instructions"] == 3
     assert (first["HMMA"], first["LDSM"], first["local"], first["untyped"]) == (2, 1, 1, 0)
     assert first["LDG"] == {"16": 1, "64": 1} and first["LDGSTS"] == {"128": 1}
-    assert first["loop"] == {"LDSM": 1, "HMMA": 2, "LDG": 0}
-    # Round the FSELs by the second branch, not round the copy: it is work.
+    assert first["RED"] == {"128": 1, "32": 1}
+    assert first["loop"] == {"LDSM": 1, "HMMA": 2, "LDG": 0, "STS": 1, "RED": 2}
+    # Round the FSELs by the second branch, not round the copy and one of the additions: work.
     tile = first["tile"]
-    assert (tile["all"], tile["HMMA"], tile["LDGSTS"], tile["rest"]) == (8, 2, 1, 4)
+    counted = {name: tile[name] for name in ("all", "HMMA", "LDGSTS", "STS", "RED", "rest")}
+    assert counted == {"all": 12, "HMMA": 2, "LDGSTS": 1, "STS": 1, "RED": 1, "rest": 6}
     assert second["STG"] == {"128": 1} and second["untyped"] == 1 and "loop" not in second
 
 

@@ -5,7 +5,9 @@
 
 namespace varstream::attention {
 
-// Small: for GPUs with 99 KB of shared memory a block (sm_86, sm_89, sm_120); otherwise 163 KB.
+// Small: for GPUs with 99 KB of shared memory a block (sm_86, sm_89, sm_120); otherwise 163 KB. The
+// modified kernel's larger tiles at 32 and 64 fit everywhere: their small ones are not launched.
+// Larger tiles run 1 block per SM, by registers.
 //
 // Warps share each product by rows x columns: scores (rows of Q x keys), key gradients (keys x
 // dims), query gradients (rows x dims). Squares of 32 x 32 read the fewest fragments a product.
@@ -13,7 +15,8 @@ template <int Dim, bool Modified, bool Small>
 struct BackwardTile;
 
 // 32, 64: 128 x 128 scores, 64 registers each for scores and their gradient; the modified kernel
-// holds the softcap's slope as well: half the rows. Two stages of Q and dO: 112 and 160 KB.
+// holds the softcap's slope as well: half the rows. Two stages of Q and dO: 112 and 160 KB,
+// modified 64 and 96 KB.
 template <bool Modified>
 struct BackwardTile<32, Modified, false> {
   static constexpr int kRows = Modified ? 64 : 128, kKeys = 128, kWarps = 8, kStages = 2;
@@ -26,7 +29,7 @@ struct BackwardTile<64, Modified, false> {
   static constexpr int kQueryWarps = Modified ? 2 : 4;
 };
 // 96, 128: 64 rows, as the gradients of keys and values take 96 and 128 registers. The modified
-// kernel at 128 halves these with 64 keys. 128 and 160 KB.
+// kernel at 128 halves these with 64 keys. 128 and 160 KB, modified 112 KB at 128.
 template <bool Modified>
 struct BackwardTile<96, Modified, false> {
   static constexpr int kRows = 64, kKeys = 128, kWarps = 8, kStages = 2;
@@ -51,7 +54,7 @@ struct BackwardTile<256, Modified, false> {
 };
 
 // 99 KB: one stage of Q and dO, squares of 64 up to 128, 32 rows at 192, 32 x 32 and 4 warps at
-// 256. 32, 48, 64, 80, 80 and 68 KB.
+// 256. 32, 48, 64, 80, 80 and 68 KB: 2 blocks per SM at 32 and 64, 1 above.
 template <int Dim, bool Modified>
 struct BackwardTile<Dim, Modified, true> {
   static_assert(Dim <= 128);
@@ -71,6 +74,8 @@ struct BackwardTile<256, Modified, true> {
 
 // The kernel that owns query tiles, for a repeatable dQ: 64 rows, 16 a warp, whose Q and dO stay.
 // 32 keys at 256, to stay within 99 KB, and for the modified kernel's registers at 192; 64 below.
+// 2 blocks per SM or more; where SMs have 100 KB (sm_86, sm_89) 1 from 128 on, on sm_80 at 256 and
+// at 192/192 (plain).
 template <typename Element_, int Dim, int ValueDim, bool Modified>
 struct BackwardQueryTraits {
   using Element = Element_;

@@ -8,6 +8,7 @@ the CUDA toolkit or of an installed triton.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -68,6 +69,14 @@ def nvdisasm() -> Path | None:
     return found
 
 
+def headers() -> Path | None:
+    """The toolkit's, which a host compiler reads too."""
+    compiler = nvcc()
+    homes = [compiler.resolve().parent.parent if compiler else None, Path("/usr/local/cuda")]
+    found = [home / "include" for home in homes if home]
+    return next((folder for folder in found if (folder / "cuda_bf16.h").is_file()), None)
+
+
 def version(tool: Path) -> str:
     answer = re.search(r"release [\d.]+, V([\d.]+)", output_of(tool, "--version"))
     assert answer, f"{tool} --version tells no version"
@@ -87,13 +96,20 @@ def generated_sources() -> list[Path]:
     return [Path(p) for p in output_of(cmake, "-P", TOOLS / "instances.cmake", cwd=folder).split()]
 
 
+@functools.cache
+def code_and_includes(source: Path) -> tuple[str, tuple[Path, ...]]:
+    code = re.sub(r"//.*", "", source.read_text())  # words change no machine code
+    names = re.findall(r'^\s*#\s*include\s+"([^"]+)"', code, re.M)
+    return " ".join(code.split()), tuple(CSRC / name for name in names)
+
+
 def included(source: Path, seen: dict[Path, str]) -> None:
-    """Adds to seen the text of source and of all it includes; csrc/emu is for the host."""
+    """Adds to seen the code of source and of all it includes; csrc/emu is for the host."""
     if source in seen or not source.is_file() or (CSRC / "emu") in source.parents:
         return
-    seen[source] = source.read_text()
-    for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', seen[source], re.M):
-        included(CSRC / name, seen)
+    seen[source], names = code_and_includes(source)
+    for name in names:
+        included(name, seen)
 
 
 def digest(*texts: str) -> str:
@@ -111,21 +127,24 @@ def digest_of(source: Path) -> str:
 
 def traits(sources: list[Path]) -> list[dict[str, Any]]:
     """Threads, shared memory and tiles of each kernel, printed by a program with its headers."""
+    toolkit = headers()
+    if toolkit is None:
+        raise BuildError("needs the CUDA toolkit's headers")
     named = [re.fullmatch(r"forward_[a-z]+16_(\d+)_(\d+)", s.stem) for s in sources]
     dims = {(int(found[1]), int(found[2])) for found in named if found}
     calls = [
-        f"  print_forward<{dim}, {value_dim}, {modified}>();"
+        f"  print_attention<{dim}, {value_dim}, {modified}>();"
         for dim, value_dim in sorted(dims)
         for modified in ("false", "true")
     ]
     text = (TOOLS / "kernel_traits.cpp.in").read_text()
-    text = text.replace("@forward_instances@", "\n".join(calls))
+    text = text.replace("@attention_instances@", "\n".join(calls))
     source, program = CACHE / "kernel_traits.cpp", CACHE / "kernel_traits"
     stamp = CACHE / "kernel_traits.digest"
     source.write_text(text)
     wanted = digest_of(source)
     if not stamp.is_file() or stamp.read_text() != wanted:
-        flags = ["-std=c++17", "-O1", "-DVARSTREAM_EMULATED", f"-I{CSRC}"]
+        flags = ["-std=c++17", "-O1", "-DVARSTREAM_EMULATED", f"-I{CSRC}", "-isystem", str(toolkit)]
         output_of("g++", *flags, source, "-o", program)
         stamp.write_text(wanted)
     return [json.loads(line) for line in output_of(program).splitlines()]

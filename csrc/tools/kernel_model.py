@@ -1,77 +1,116 @@
-"""A static model of attention forward on an A100, from counted instructions: nothing is measured.
-
-It fills the table in bench/NOTES.md, where the assumptions stand.
-"""
+"""A static model of attention on an A100 and an H100, from counted instructions: nothing is
+measured. It fills the tables in bench/NOTES.md, where the assumptions stand."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 NOTES = Path(__file__).resolve().parents[2] / "bench/NOTES.md"
-BEGIN, END = "<!-- written by csrc/tools/kernel_report.py -->", "<!-- end -->"
-KERNELS = [f"attention_forward bf16 {d}/{d} {m}" for d in (64, 128) for m in ("plain", "modified")]
-TENSOR, MUFU, LANES_16, SHARED = 8, 8, 2, 16  # cycles of a quarter SM, an instruction of a warp
+END = "<!-- end -->"
+UNITS = ("tensor", "issue", "fma", "alu", "mufu", "shared")
+MUFU, LANES_16, LANES_32 = 8, 2, 1  # cycles of a quarter SM, an instruction of a warp
+# The SM's shared memory moves 128 bytes a cycle, and its four quarters take turns.
+SHARED_16_BYTES, SHARED_4_BYTES = 16, 4
+SECTORS = 8  # of 32 bytes, that an addition to dQ touches: its lanes hold 8 rows
 
 
-def cycles(mix: dict[str, int]) -> dict[str, int]:
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    arch: str
+    multiprocessors: int
+    peak: int  # dense TFLOP/s, data sheet
+    peak_hmma: float  # cycles of an HMMA.16816 at that rate
+    hmma: float  # and as mma.sync
+    fp32: int  # cycles of an FFMA
+
+
+A100 = Gpu("A100", "sm_80", 108, 312, 8, 8, LANES_16)
+H100 = Gpu("H100", "sm_90", 132, 989, 4, 4 / 0.63, LANES_32)
+KINDS = [f"bf16 {d}/{d} {kind}" for d in (64, 128) for kind in ("plain", "modified")]
+TABLES = {"forward": [A100], "backward": [A100, H100]}
+
+
+def begin(name: str) -> str:
+    return f"<!-- {name}, written by csrc/tools/kernel_report.py -->"
+
+
+def cycles(gpu: Gpu, sass: dict[str, Any]) -> dict[str, float]:
     """Cycles that a warp's tile keeps each unit of its quarter of the SM busy."""
-    fma = sum(mix[name] for name in ("FFMA", "FMUL", "FADD", "IMAD"))
-    apart = ("all", "HMMA", "LDSM", "LDGSTS", "MUFU", "SHFL", "FFMA", "FMUL", "FADD", "IMAD")
-    logic = mix["all"] - sum(mix[name] for name in apart[1:])
+    mix = dict(sass["tile"])
+    # Lanes that disagree go both ways of a branch round additions, the counted round only one.
+    mix["all"] += sass["loop"]["RED"] - mix["RED"]
+    mix["RED"] = sass["loop"]["RED"]
+    floats = sum(mix[name] for name in ("FFMA", "FMUL", "FADD"))
+    shared = {name: SHARED_16_BYTES * mix[name] for name in ("LDSM", "LDGSTS")}
+    shared |= {name: SHARED_4_BYTES * mix[name] for name in ("LDS", "STS", "SHFL", "RED")}
+    apart = ("HMMA", "MUFU", "FFMA", "FMUL", "FADD", "IMAD", *shared)
     return {
-        "tensor": TENSOR * mix["HMMA"],
+        "tensor": gpu.hmma * mix["HMMA"],
         "issue": mix["all"],
-        "fma": LANES_16 * fma,
-        "alu": LANES_16 * logic,
+        "fma": gpu.fp32 * floats + LANES_16 * mix["IMAD"],
+        "alu": LANES_16 * (mix["all"] - sum(mix[name] for name in apart)),
         "mufu": MUFU * mix["MUFU"],
-        # The SM's shared memory takes 4 cycles for 512 bytes; its four quarters take turns.
-        "shared": SHARED * (mix["LDSM"] + mix["LDGSTS"]),
+        "shared": sum(shared.values()),
     }
 
 
-def share(busy: dict[str, int]) -> tuple[float, float]:
-    """The part of the tensor peak if softmax never overlaps tensor work, and if all does."""
-    tensor = busy["tensor"]
-    others = max(busy["issue"] - tensor // TENSOR, *(busy[x] for x in ("fma", "alu", "mufu")))
-    return tensor / (tensor + others), tensor / max(busy.values())
+def share(gpu: Gpu, busy: dict[str, float], hmma: int) -> tuple[float, float]:
+    """The part of the tensor peak if other work never overlaps tensor work, and if all does."""
+    peak, tensor = gpu.peak_hmma * hmma, busy["tensor"]
+    others = max(busy["issue"] - hmma, *(busy[x] for x in ("fma", "alu", "mufu")))
+    return peak / (max(tensor, busy["shared"]) + others), peak / max(busy.values())
 
 
-def line(row: dict[str, Any]) -> str:
-    busy, (rows, keys) = cycles(row["sass"]["tile"]), row["tile"]
-    _, dtype, dims, kind = row["kernel"].split()
-    dim, value_dim = map(int, dims.split("/"))
-    blocks, warps = row["blocks_per_sm"]["sm_80"], row["threads"] // 32
-    low, high = share(busy)
+def cells(gpu: Gpu, row: dict[str, Any]) -> dict[str, str]:
+    """One row of a table, by column."""
+    busy, (rows, keys) = cycles(gpu, row["sass"]), row["tile"]
+    _, _, dims, kind = row["kernel"].split()
+    backward = row["kernel"].startswith("attention_backward")
+    walked = rows if backward else keys  # a block walks tiles of Q and dO, or of K and V
+    blocks, warps = row["blocks_per_sm"][gpu.arch], row["threads"] // 32
+    low, high = share(gpu, busy, row["sass"]["tile"]["HMMA"])
     # While each quarter of the SM works off a tile of every block.
-    tile_bytes = 2 * keys * (dim + value_dim)
+    tile_bytes = 2 * walked * sum(map(int, dims.split("/")))
     rate = tile_bytes / (busy["tensor"] * warps / 4)
-    cells = [
-        f"{dims} {kind}",
-        f"{rows} x {keys}",
-        f"{blocks} ({blocks * warps} warps)",
-        f"{tile_bytes >> 10} KB, {rate:.0f} B",
-        *(f"{busy[unit]}" for unit in ("tensor", "issue", "fma", "alu", "mufu", "shared")),
-        f"{low:.0%} to {high:.0%}",
-    ]
-    return "| " + " | ".join(cells) + " |"
+    found = {
+        "head dims": f"{dims} {kind}",
+        "tile": f"{rows} x {keys}",
+        "blocks per SM": f"{blocks} ({blocks * warps} warps)",
+        f"{'Q and dO' if backward else 'K and V'} a tile, a cycle of tensor work": (
+            f"{tile_bytes >> 10} KB, {rate:.0f} B"
+        ),
+        **{unit: f"{busy[unit]:.0f}" for unit in UNITS},
+    }
+    if backward:
+        sectors = 4 * SECTORS * row["sass"]["loop"]["RED"] / busy["tensor"] * gpu.multiprocessors
+        found["sectors of dQ"] = f"{sectors:.0f}"
+    found["of the tensor peak"] = f"{low:.0%} to {high:.0%}"
+    found["TFLOP/s"] = f"{low * gpu.peak:.0f} to {high * gpu.peak:.0f}"
+    return found
 
 
-def section(table: list[dict[str, Any]]) -> str:
-    """The table of bench/NOTES.md, from the rows of budgets.json."""
-    rows = {row["kernel"]: row for row in table if row["arch"] == "sm_80"}
-    head = [
-        "| head dims | tile | blocks per SM | K and V a tile, a cycle of tensor work | tensor "
-        "| issue | fma | alu | mufu | shared | of the tensor peak |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    return "\n".join([BEGIN, *head, *(line(rows[kernel]) for kernel in KERNELS), END])
+def table_lines(name: str, gpu: Gpu, table: list[dict[str, Any]]) -> list[str]:
+    rows = {row["kernel"]: row for row in table if row["arch"] == gpu.arch}
+    found = [cells(gpu, rows[f"attention_{name} {kind}"]) for kind in KINDS]
+    lines = [list(found[0]), ["---"] * len(found[0]), *(list(row.values()) for row in found)]
+    return [f"{gpu.name}:", "", *("| " + " | ".join(line) + " |" for line in lines), ""]
 
 
-def written_section() -> str:
+def section(name: str, table: list[dict[str, Any]]) -> str:
+    """The tables of bench/NOTES.md, from the rows of budgets.json."""
+    lines = [line for gpu in TABLES[name] for line in table_lines(name, gpu, table)]
+    return "\n".join([begin(name), *lines[:-1], END])
+
+
+def written_section(name: str) -> str:
     text = NOTES.read_text()
-    return text[text.index(BEGIN) : text.index(END) + len(END)]
+    start = text.index(begin(name))
+    return text[start : text.index(END, start) + len(END)]
 
 
-def write_section(table: list[dict[str, Any]]) -> None:
-    NOTES.write_text(NOTES.read_text().replace(written_section(), section(table)))
+def write_sections(table: list[dict[str, Any]]) -> None:
+    for name in TABLES:
+        NOTES.write_text(NOTES.read_text().replace(written_section(name), section(name, table)))

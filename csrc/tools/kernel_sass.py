@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 # What the main loop cannot do without: a branch around these is not taken.
-WORK = ("HMMA", "LDSM", "LDGSTS", "BAR")
+WORK = ("HMMA", "LDSM", "LDGSTS", "RED", "BAR")
 # Counted one by one in the main loop; the others together as "rest".
 NAMED = (
-    *("HMMA", "LDSM", "LDGSTS", "MUFU", "SHFL", "FFMA", "FMUL", "FADD", "FMNMX", "F2FP"),
-    *("IMAD", "IADD3", "LOP3", "CS2R"),
+    *("HMMA", "LDSM", "LDGSTS", "LDS", "STS", "RED", "SHFL"),
+    *("MUFU", "FFMA", "FMUL", "FADD", "FMNMX", "F2FP", "IMAD", "IADD3", "LOP3", "CS2R"),
 )
+# Counted in all of the main loop: a warp whose lanes disagree goes both ways of a branch.
+IN_LOOP = ("LDSM", "HMMA", "LDG", "STS", "RED")
 LOCAL = ("LDL", "STL")
 UNTYPED = ("LD", "ST")  # the address decides between global, shared and local memory
 
@@ -26,7 +28,8 @@ class Instruction:
 
     @property
     def base(self) -> str:
-        return self.opcode.split(".")[0]
+        name = self.opcode.split(".")[0]
+        return "RED" if name == "REDG" else name  # sm_90's word for an addition in global memory
 
     @property
     def label(self) -> str | None:
@@ -43,6 +46,8 @@ class Instruction:
                 return 16
             if part in ("64", "128"):
                 return int(part)
+            if re.fullmatch(r"F32x\d", part):
+                return 32 * int(part[-1])
         return 32
 
 
@@ -130,14 +135,14 @@ def counts(code: Code) -> dict[str, Any]:
     found: dict[str, Any] = {
         "instructions": len(code.instructions),
         **{base: every[base] for base in ("LDSM", "HMMA")},
-        **{base: widths(base) for base in ("LDGSTS", "LDG", "STG")},
+        **{base: widths(base) for base in ("LDGSTS", "LDG", "STG", "RED")},
         "local": sum(every[base] for base in LOCAL),
         "untyped": sum(every[base] for base in UNTYPED),
     }
     loop = main_loop(code)
     if loop is not None:
         inside = Counter(code.instructions[i].base for i in loop)
-        found["loop"] = {base: inside[base] for base in ("LDSM", "HMMA", "LDG")}
+        found["loop"] = {base: inside[base] for base in IN_LOOP}
         path = Counter(x.base for x in shortest_round(code, loop))
         mix = {base: path[base] for base in NAMED}
         found["tile"] = {"all": path.total(), **mix, "rest": path.total() - sum(mix.values())}

@@ -1,4 +1,4 @@
-"""The table of budgets: rows from what the compiler said, the bars they must reach, differences."""
+"""The table of budgets: rows from what the compiler said, differences from the committed ones."""
 
 from __future__ import annotations
 
@@ -50,32 +50,64 @@ DEVICES = {
 RUNS_ON = {"sm_80": ("sm_80", "sm_86", "sm_89"), "sm_90": ("sm_90",)}
 
 
+def devices(arch: str, own: dict[str, Any]) -> list[str]:
+    """Where the launch takes a kernel: the backward has large tiles where they fit, else small.
+
+    Small tiles in sm_90's code are for newer GPUs, which build their own from its PTX.
+    """
+    if "small" not in own:
+        return list(RUNS_ON[arch])
+    fits = {name: own["large_shared"] <= DEVICES[name].block_shared for name in RUNS_ON[arch]}
+    return [name for name, large in fits.items() if large != own["small"]]
+
+
 # --- rows -----------------------------------------------------------------------------------------
 
 
+DTYPES = {"13__nv_bfloat16": "bf16", "6__half": "fp16"}
+TILES = re.compile(
+    r"attention\d+(Forward|BackwardQuery|Backward)I\w*?TraitsI(13__nv_bfloat16|6__half)"
+    r"Li(\d+)ELi(\d+)ELb([01])E(?:Lb([01])E)?"
+)
+ATTENTION = {
+    "Forward": "attention_forward",
+    "Backward": "attention_backward",
+    "BackwardQuery": "attention_backward_query",
+    "BackwardPrepare": "attention_backward_prepare",
+    "BackwardRound": "attention_backward_round",
+}
+
+
 def kernel_name(mangled: str) -> tuple[str, str, str]:
-    """Kernel, element or word, and traits' key of an entry point's mangled name."""
-    dtypes = {"13__nv_bfloat16": "bf16", "6__half": "fp16"}
-    found = re.search(
-        r"attention7ForwardI\w*?13ForwardTraitsI(13__nv_bfloat16|6__half)Li(\d+)ELi(\d+)ELb([01])E",
-        mangled,
-    )
+    """Kernel, element or word, and instance of an entry point's mangled name."""
+    found = TILES.search(mangled)
     if found:
-        dims = f"{found[2]}/{found[3]} {'modified' if found[4] == '1' else 'plain'}"
-        return "attention_forward", dtypes[found[1]], dims
+        modifiers = "modified" if found[5] == "1" else "plain"
+        instance = f"{found[3]}/{found[4]} {modifiers}{' small' if found[6] == '1' else ''}"
+        return ATTENTION[found[1]], DTYPES[found[2]], instance
+    found = re.search(r"\d(BackwardPrepare|BackwardRound)I(13__nv_bfloat16|6__half)E", mangled)
+    if found:
+        return ATTENTION[found[1]], DTYPES[found[2]], ""
     found = re.search(r"14row_copy_entryIL\w*?7RowCopyE([01])ELi(\d+)E", mangled)
     if found:
-        return ("gather_rows", "scatter_rows")[int(found[1])], f"{found[2]}-byte", "rows"
+        return ("gather_rows", "scatter_rows")[int(found[1])], f"{found[2]}-byte", ""
+    if "13BackwardSinks" in mangled:
+        return "attention_backward_sinks", "", ""
     if "12TileSchedule" in mangled:
-        return "tile_schedule", "", "tile_schedule"
+        return "tile_schedule", "", ""
     raise ValueError(f"kernel_table.py doesn't know the kernel {mangled}")
 
 
+def constants_of(kernel: str) -> str:
+    """The traits_key of a row's kernel: its name without the element."""
+    name, *words = kernel.split()
+    if name.endswith("_rows"):
+        return "rows"
+    return " ".join([name, *(word for word in words if word not in DTYPES.values())])
+
+
 def traits_key(constants: dict[str, Any]) -> str:
-    if constants["kernel"] != "attention_forward":
-        return str(constants["kernel"])
-    modified = "modified" if constants["modified"] else "plain"
-    return f"{constants['dim']}/{constants['value_dim']} {modified}"
+    return " ".join(filter(None, (constants["kernel"], constants.get("instance"))))
 
 
 def ptxas_reports(text: str) -> dict[str, dict[str, int]]:
@@ -107,19 +139,18 @@ def rows_of(compiled: list[Compiled], traits: list[dict[str, Any]]) -> list[Row]
     rows = []
     for unit in compiled:
         for mangled, report in ptxas_reports(unit.ptxas).items():
-            kernel, kind, key = kernel_name(mangled)
-            own = constants[key]
+            kernel = " ".join(filter(None, kernel_name(mangled)))
+            own = constants[constants_of(kernel)]
             shared = report["static_shared"] + own["dynamic_shared"]
-            dims = key if kernel == "attention_forward" else ""
             row: Row = {
-                "kernel": " ".join(filter(None, (kernel, kind, dims))),
+                "kernel": kernel,
                 "arch": unit.arch,
                 "threads": own["threads"],
                 **report,
                 "dynamic_shared": own["dynamic_shared"],
                 "blocks_per_sm": {
                     name: DEVICES[name].blocks_of(own["threads"], report["registers"], shared)
-                    for name in RUNS_ON[unit.arch]
+                    for name in devices(unit.arch, own)
                 },
             }
             if "rows" in own:
@@ -136,56 +167,6 @@ def natural(text: str) -> list[Any]:
 
 def key_of(row: Row) -> Key:
     return row["kernel"], row["arch"]
-
-
-# --- bars -----------------------------------------------------------------------------------------
-
-
-def forward_ideal(own: dict[str, Any]) -> dict[str, int]:
-    """Instructions a thread of attention forward issues for one tile of keys, and for Q."""
-    tiles, keys, rows = own["warp_tiles"], own["keys"], own["rows"]
-    steps = own["dim"] // 16
-    copies = rows * own["dim"] + keys * (2 * own["dim"] + own["value_dim"])  # K before and in it
-    return {
-        # Fragments are loaded once a step: those of Q and K, those of V; each used on all rows.
-        "LDSM": steps * (tiles + keys // 16) + keys // 16 * own["value_dim"] // 16,
-        "HMMA": steps * tiles * keys // 8 + keys // 16 * tiles * own["value_dim"] // 8,
-        "LDGSTS": copies * 2 // 16 // own["threads"],
-        "STG128": rows * own["value_dim"] * 2 // 16 // own["threads"],
-        "STG32": 2 * tiles,  # LSE
-    }
-
-
-def violations(row: Row, own: dict[str, Any]) -> list[str]:
-    """The bars that a row misses, whatever the compiler."""
-    missed = [f"{n} is {row[n]}" for n in ("stack", "spill_stores", "spill_loads") if row[n] != 0]
-    missed += [f"doesn't run on {d}" for d, blocks in row["blocks_per_sm"].items() if blocks < 1]
-    sass = row.get("sass")
-    if sass is None:
-        return missed
-
-    def bar(name: str, found: Any, wanted: Any) -> None:
-        if found != wanted:
-            missed.append(f"{name}: {found}, not {wanted}")
-
-    bar("loads and stores of local memory", sass["local"], 0)
-    bar("loads and stores of unknown memory", sass["untyped"], 0)
-    if own["kernel"] == "attention_forward":
-        ideal = forward_ideal(own)
-        for name in ("LDSM", "HMMA"):
-            bar(name, sass[name], ideal[name])
-            bar(f"{name} in the loop", sass.get("loop", {}).get(name), ideal[name])
-        bar("LDGSTS by width", sass["LDGSTS"], {"128": ideal["LDGSTS"]})
-        bar("STG by width", sass["STG"], {"128": ideal["STG128"], "32": ideal["STG32"]})
-        bar("LDG wider than a scalar", sass["LDG"].get("128", 0), 0)
-        # A slope a row; seed and offset.
-        scalars = 2 * own["warp_tiles"] + 3 if own["modified"] else 0
-        if sass.get("loop", {}).get("LDG", 0) > scalars:
-            missed.append(f"LDG in the loop: {sass['loop']['LDG']}, over {scalars}")
-    elif "16-byte" in row["kernel"]:
-        bar("LDG narrower than 16 bytes, but for the index", sass["LDG"].keys(), {"64", "128"})
-        bar("STG by width", set(sass["STG"]), {"128"})
-    return missed
 
 
 # --- the committed table --------------------------------------------------------------------------
