@@ -6,14 +6,13 @@ import copy
 import pytest
 import torch
 from cases import DOCUMENTS, cu_seqlens
-from emulation import emulated
+from kernels_only import kernels_only
 from models import VOCAB, loss_and_gradients, make_model, packed_row
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import varstream as vs
 from varstream.ops import attention_call
 from varstream.ops.attention_call import _check_kernel_accumulator, in_kernel_layout
-from varstream.reference import attention as reference
 from varstream.streaming import huggingface
 from varstream.streaming.layer import run_streamed
 from varstream.streaming.schedule import Schedule
@@ -24,18 +23,8 @@ NOISE = torch.finfo(torch.bfloat16).eps / 8  # the rule's own, also for sums kep
 
 
 @pytest.fixture
-def operators(monkeypatch):
-    """Attention in emulated kernels; composed attention of bfloat16 is an error."""
-    for name in ("attention_forward", "attention_backward"):
-        composed = getattr(reference, name)
-
-        def guarded(q, *rest, composed=composed):
-            assert q.dtype not in attention_call.KERNEL_DTYPES, "composed operators ran"
-            return composed(q, *rest)
-
-        monkeypatch.setattr(reference, name, guarded)
-    with emulated() as operators:
-        operators.clear_instruction_counts()
+def operators():
+    with kernels_only() as operators:
         yield operators
 
 

@@ -105,7 +105,7 @@ def _device_note(device: torch.device) -> str:
     note = f"Running on {torch.cuda.get_device_name(device)}."
     if "varlen_attention_bwd" in composed_on_cuda:
         note += (
-            " This version has no CUDA kernel for attention's backward: it is composed of torch's "
+            " This build has no CUDA kernel for attention's backward: it is composed of torch's "
             "operators there."
         )
     return note

@@ -31,6 +31,8 @@ class Settings:
             have taken ``speed_seconds``.
         length_step: document lengths under the budget are multiples of this.
         length_cap: longest document tried.
+        dtype: of weights and computation by torch's name; None is bfloat16 on a GPU, where
+            attention runs in kernels then, and float32 on the CPU.
         tiny: the sizes are too small to show the memory gain; the run says so.
     """
 
@@ -55,6 +57,7 @@ class Settings:
     speed_seconds: float = 45.0
     length_step: int = 256
     length_cap: int = 16384
+    dtype: str | None = None
     tiny: bool = False
 
     def on_gpu(self) -> Settings:

@@ -20,6 +20,7 @@ from varstream._checks import (
     check_int,
     check_same_dtype,
     check_tensor,
+    is_compiling,
     values_visible,
 )
 
@@ -181,9 +182,13 @@ def in_kernel_layout(t: Tensor) -> Tensor:
 
 
 def _heads_aligned(t: Tensor) -> bool:
-    """Whether every head of t (rows, heads, dim) starts at a multiple of 16 bytes."""
+    """Whether every head of t (rows, heads, dim) starts at a multiple of 16 bytes.
+
+    torch.compile can't trace an offset: what begins within a tensor is left to the operator then.
+    """
     steps = [t.stride(d) for d in range(2) if t.shape[d] > 1]
-    return all(step % KERNEL_WORD == 0 for step in (t.storage_offset(), *steps))
+    offset = 0 if is_compiling() else t.storage_offset()
+    return all(step % KERNEL_WORD == 0 for step in (offset, *steps))
 
 
 def _check_kernel_rows(name: str, t: Tensor) -> None:
@@ -338,7 +343,7 @@ def _check_kernel_accumulator(name: str, buffer: Tensor) -> None:
 
 def _check_disjoint(written: dict[str, Tensor | None], read: dict[str, Tensor | None]) -> None:
     """Refuse accumulators that share memory with each other or with an input."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     taken = {name: _extent(t) for name, t in read.items()}
     for name, buffer in written.items():
