@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -43,7 +44,8 @@ def test_list_names_peers_reasons_and_bars(capsys):
     for name in cases.all_cases():
         assert f"\n{name}: " in f"\n{printed}"
     assert "flash_attn: unavailable, runs on CUDA only" in printed
-    assert "bar: time/gemm_floor <= 1.08" in printed
+    assert "bar: time/gemm_floor <= 1.08\n" in printed
+    assert re.search(r"bar: seconds <= 0\.\d+ on H100 80GB HBM3\n", printed)
 
 
 def test_list_as_json(capsys):
