@@ -1,6 +1,8 @@
 // Ring 3. The body of one generated source: instances of the backward kernels and their launch.
 #pragma once
 
+#include <type_traits>
+
 #include "attention/backward_kernel.cuh"
 #include "attention/backward_launch.h"
 #include "attention/backward_query_kernel.cuh"
@@ -20,12 +22,16 @@ void launch_backward_instance(const BackwardParams& p, bool small, void* stream)
     const uint32_t kv_heads = p.forward.heads / p.forward.group.value;
     launch_tiles<Backward<Traits>, Traits>("attention_backward", kv_heads, p, stream);
   };
-  if (modified(p.forward)) {
-    if (small) return run(BackwardTraits<Element, Dim, ValueDim, true, true>{});
-    return run(BackwardTraits<Element, Dim, ValueDim, true, false>{});
-  }
-  if (small) return run(BackwardTraits<Element, Dim, ValueDim, false, true>{});
-  return run(BackwardTraits<Element, Dim, ValueDim, false, false>{});
+  const auto run_for = [&](auto is_modified) {
+    constexpr bool kModified = decltype(is_modified)::value;
+    using Large = BackwardTraits<Element, Dim, ValueDim, kModified, false>;
+    if constexpr (!Large::kFitsSmallDevices) {
+      if (small) return run(BackwardTraits<Element, Dim, ValueDim, kModified, true>{});
+    }
+    run(Large{});
+  };
+  if (modified(p.forward)) return run_for(std::true_type{});
+  run_for(std::false_type{});
 }
 
 template <typename Element, int Dim, int ValueDim>

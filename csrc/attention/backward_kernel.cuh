@@ -9,6 +9,7 @@
 #include "attention/query_work.cuh"
 #include "common/thread.h"
 #include "ptx/barrier.cuh"
+#include "ptx/math.cuh"
 #include "ptx/opaque.cuh"
 #include "ptx/shared_memory.cuh"
 #include "tile/product.cuh"
@@ -248,31 +249,64 @@ struct Backward {
         dk, dscores_, key_row(), q(stage), key_part() * (8 * Traits::kKeyColumns), lane());
   }
 
-  // Adds into (total_q, heads, dim) fp32. Neighbouring lanes swap halves: each then holds four
-  // columns of one row.
+  // Adds into (total_q, heads, dim) fp32, with as few instructions and sectors as the architecture
+  // allows.
   VARSTREAM_DEVICE void add_dq(const Dq& dq, int32_t first_row) const {
-    const RowOrder order = this->order();
-    const int lane = this->lane(), odd = lane % 2;
+    if constexpr (ptx::adds_four_at_once<!Traits::kSmall>()) {
+      add_dq_by_fours(dq, first_row);
+    } else {
+      add_dq_by_pairs(dq, first_row);
+    }
+  }
+
+  // Where row r of the sequence's has its dQ; null past the last row.
+  VARSTREAM_DEVICE float* dq_row(int32_t r) const {
+    if (r >= work_->end_row) return nullptr;
+    const RowPlace at = order().at(r);
+    return p_.dq_sum +
+           ((int64_t{work_->sequence.q0} + at.query) * p_.forward.heads + at.head) * p_.forward.dim;
+  }
+
+  // Neighbouring lanes swap halves: each then holds four columns of one row.
+  VARSTREAM_DEVICE void add_dq_by_fours(const Dq& dq, int32_t first_row) const {
+    const int lane = this->lane();
+    const bool odd = lane % 2 != 0;
     const int column = query_part() * (8 * Traits::kQueryColumns) + lane % 4 / 2 * 4;
-    const int dim = p_.forward.dim;
+    const int row = first_row + query_row() + (odd ? 8 : 0) + lane / 4;
     VARSTREAM_UNROLL
     for (int i = 0; i < Traits::kQueryTiles; ++i) {
-      const int32_t r = first_row + query_row() + 16 * i + 8 * odd + lane / 4;
-      const bool valid = r < work_->end_row;
-      const RowPlace at = order.at(valid ? r : first_row);
-      float* to = p_.dq_sum +
-                  ((int64_t{work_->sequence.q0} + at.query) * p_.forward.heads + at.head) * dim +
-                  column;
+      float* to = dq_row(row + 16 * i);
       VARSTREAM_UNROLL
       for (int n = 0; n < Traits::kQueryColumns; ++n) {
         const float* d = dq[i][n];
-        const float other0 = ptx::shuffle_xor(odd != 0 ? d[0] : d[2], 1);
-        const float other1 = ptx::shuffle_xor(odd != 0 ? d[1] : d[3], 1);
-        if (!valid || column + 8 * n >= dim) continue;
-        if (odd != 0) {
-          ptx::add_atomic_4(to + 8 * n, other0, other1, d[2], d[3]);
-        } else {
-          ptx::add_atomic_4(to + 8 * n, d[0], d[1], other0, other1);
+        const float other0 = ptx::shuffle_xor(odd ? d[0] : d[2], 1);
+        const float other1 = ptx::shuffle_xor(odd ? d[1] : d[3], 1);
+        if (to == nullptr || column + 8 * n >= p_.forward.dim) continue;
+        ptx::add_atomic_4(to + column + 8 * n,
+                          odd ? other0 : d[0],
+                          odd ? other1 : d[1],
+                          odd ? d[2] : other0,
+                          odd ? d[3] : other1);
+      }
+    }
+  }
+
+  // Four lanes fill a 32-byte sector of one row with every addition.
+  VARSTREAM_DEVICE void add_dq_by_pairs(const Dq& dq, int32_t first_row) const {
+    const int lane = this->lane();
+    const int column = query_part() * (8 * Traits::kQueryColumns) + 2 * (lane % 4);
+    const int row = first_row + query_row() + lane / 4;
+    VARSTREAM_UNROLL
+    for (int i = 0; i < Traits::kQueryTiles; ++i) {
+      VARSTREAM_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        float* to = dq_row(row + 16 * i + 8 * h);
+        if (to == nullptr) continue;
+        VARSTREAM_UNROLL
+        for (int n = 0; n < Traits::kQueryColumns; ++n) {
+          if (column + 8 * n >= p_.forward.dim) continue;
+          ptx::add_atomic(to + column + 8 * n, dq[i][n][2 * h]);
+          ptx::add_atomic(to + column + 8 * n + 1, dq[i][n][2 * h + 1]);
         }
       }
     }

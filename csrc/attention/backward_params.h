@@ -8,7 +8,7 @@
 namespace varstream::attention {
 
 // What the backward needs of a row (query, head), made by the prepare kernel.
-struct RowStatistics {
+struct alignas(8) RowStatistics {
   float lse;    // in powers of two; +inf where the row sees nothing: its weights become 0
   float delta;  // sum(dout * out) - dlse, which every score's gradient subtracts
 };

@@ -31,8 +31,9 @@ struct BackwardRound {
     if (first >= p.n) return;
     const auto* from = reinterpret_cast<const Vec<16>*>(p.sum + first);
     float values[8];
-    std::memcpy(values, from, 16);
-    std::memcpy(values + 4, from + 1, 16);
+    const Vec<16> low = from[0], high = from[1];  // values, so that each is one load
+    std::memcpy(values, &low, 16);
+    std::memcpy(values + 4, &high, 16);
     Vec<16> words;
     VARSTREAM_UNROLL
     for (int i = 0; i < 4; ++i) {

@@ -103,7 +103,7 @@ struct BackwardTraits : BackwardTile<Dim, Modified, Small> {
   using Element = Element_;
   using Tile = BackwardTile<Dim, Modified, Small>;
   static constexpr int kDim = Dim, kValueDim = ValueDim;
-  static constexpr bool kModified = Modified;
+  static constexpr bool kModified = Modified, kSmall = Small;
   static constexpr int kThreads = 32 * Tile::kWarps;
   static constexpr int kMinBlocks = 1;
 
@@ -137,6 +137,7 @@ struct BackwardTraits : BackwardTile<Dim, Modified, Small> {
   static constexpr size_t kSharedBytes = kWorkOffset + kWorkBytes;
   static_assert(kThreads >= Tile::kRows, "a thread copies a row's statistics");
   static_assert(kSharedBytes <= size_t{Small ? 99 : 163} << 10);
+  static constexpr bool kFitsSmallDevices = kSharedBytes <= (99 << 10);
 };
 
 }  // namespace varstream::attention

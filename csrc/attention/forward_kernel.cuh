@@ -149,7 +149,6 @@ struct Forward {
         }
       }
     }
-    ptx::sync_warp();
     tile::store_changed(out, q_, warp_row(), 0, lane(), [](float value) { return value; });
     ptx::sync_warp();
     const int64_t row_stride = int64_t{p_.heads} * p_.value_dim;

@@ -49,6 +49,19 @@ VARSTREAM_DEVICE void add_atomic(float* at, float value) {
 #endif
 }
 
+// Whether the architecture adds four neighbours in one instruction; emulated, both ways are tested:
+// the caller says which.
+template <bool WhenEmulated>
+VARSTREAM_HOST_DEVICE constexpr bool adds_four_at_once() {
+#if defined(VARSTREAM_EMULATED)
+  return WhenEmulated;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return true;
+#else
+  return false;
+#endif
+}
+
 // Four neighbours at once, 16-byte aligned: one instruction on sm_90, four before.
 VARSTREAM_DEVICE void add_atomic_4(float* at, float a, float b, float c, float d) {
 #if !defined(VARSTREAM_EMULATED) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

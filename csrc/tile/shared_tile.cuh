@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#if defined(VARSTREAM_EMULATED)
+#include <stdexcept>
+#endif
 
 #include "common/macros.h"
 #include "common/vec.cuh"
@@ -35,6 +38,9 @@ struct SharedTile {
     constexpr int kSpan = kChunks % 8 == 0 ? 8 : 4, kBytes16 = 16;
     const int bytes = (row * kChunks + swizzled<kChunks>(row, chunk)) * kBytes16;
     const int flipped = bytes ^ (delta % kSpan * kBytes16);
+#if defined(VARSTREAM_EMULATED)
+    if ((chunk & delta) != 0) throw std::logic_error("chunk_beside: chunk and delta share a bit");
+#endif
     return reinterpret_cast<Element*>(reinterpret_cast<uint8_t*>(data) + flipped +
                                       delta / kSpan * kSpan * kBytes16);
   }
