@@ -149,6 +149,20 @@ def test_keys_that_nobody_sees_get_no_gradient(backend):
         assert (dk[:450] == 0).all() and (dv[:450] == 0).all() and (dv[450:500] != 0).all()
 
 
+@on("emulated", "cuda")
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_scores_far_from_zero(backend, sign):
+    """A row's own weight is at most 1; 2^-lse alone would overflow, or be nothing."""
+    cu = [cu_seqlens(n) for n in ([70], [130])]
+    for dtype in backend.dtypes:
+        q, k, v, _, inputs = make([70], [130], {}, dtype=dtype)
+        with torch.no_grad():
+            q[..., 0], k[..., 0] = 100.0 * sign, 8.0
+        got = backend.attention(q, k, v, *cu)
+        assert got[1].abs().min() > 150.0
+        assert_backward(backend, got, inputs, q, k, v, *cu)
+
+
 # --- lengths that lie -----------------------------------------------------------------------------
 
 

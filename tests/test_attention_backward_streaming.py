@@ -14,7 +14,7 @@ from varstream.testing import assert_exact
 pytestmark = pytest.mark.emulated
 
 EMULATED = BACKENDS["emulated"]
-HEADS, KV_HEADS, DIM = 4, 2, 64
+HEADS, KV_HEADS, DIM = 2, 1, 64
 SHAPE = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": DIM, "value_dim": DIM}
 TILE = 128  # rows (a query of each head of the group makes one) and keys
 TILE_MMA = 5 * TILE * TILE * DIM // (16 * 8 * 16)  # five products of a tile

@@ -18,12 +18,15 @@ pytestmark = pytest.mark.slow
 TESTS = Path(__file__).resolve().parent
 SUITE = [
     "test_attention.py",
+    "test_attention_backward_buffers.py",
+    "test_attention_backward_kernel.py",
+    "test_attention_backward_streaming.py",
     "test_attention_dropout.py",
     "test_attention_kernel.py",
     "test_attention_launch.py",
 ]
 SCHEDULES = ["warp-greedy", "20260"]  # a number: the seed of a random one
-FEWEST_TESTS = 150
+FEWEST_TESTS = 400
 
 
 def runtime(name: str) -> str:
