@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from encoder_models import FIRST_KEPT, batch, make
 from models import VOCAB, make_model
 from torch import Tensor
 
 import varstream as vs
-from varstream import batching, objectives
+from varstream import batching, objectives, parallel
 from varstream.integrations import flash_attn, flash_attn_3, liger, trl
 from varstream.integrations import transformers as hf
 
@@ -139,6 +140,23 @@ def _(new):
 
 
 POLICY = {"advantages": SIGNS, "old_logp": REF, "ref_logp": REF, "beta": 0.1}
+
+
+@case("parallel.linear_cross_entropy", "parallel.token_logprobs")
+def _(new):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        x, weight, bias = new(N, D), new(V, D), new(V)
+        options = {"linear_bias": bias, "softcap": 5.0}
+        loss = parallel.linear_cross_entropy(x, weight, TARGET, label_smoothing=0.1, **options)
+        pair = parallel.token_logprobs(x, weight, TARGET, return_entropy=True, **options)
+        # The backward of log-probabilities communicates: here, while there is a group.
+        sum(part.double().square().sum() for part in pair).backward()
+        return loss, *(part.detach() for part in pair)
+    finally:
+        dist.destroy_process_group()
+
+
 OBJECTIVES: dict[str, dict[str, Any] | None] = {
     "sft": None,
     "dft": None,
@@ -392,6 +410,7 @@ def test_no_public_name_is_missing():
         "ops.": vs.ops.__all__,
         "objectives.": objectives.__all__,
         "batching.": batching.__all__,
+        "parallel.": parallel.__all__,
         "flash_attn.": flash_attn.__all__,
         "flash_attn_3.": flash_attn_3.__all__,
         "transformers.": hf.__all__,

@@ -1,0 +1,172 @@
+"""``parallel.linear_cross_entropy``: the loss of a head whose weight is spread over ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varstream._checks import check_bool, check_float, check_normalizer
+from varstream.ops._cross_entropy_terms import Terms, terms_of
+from varstream.ops._head import HeadCall, check_constant, check_reduction
+from varstream.ops._head_options import chunk_size_from_options
+from varstream.ops.linear_cross_entropy import CrossEntropyMetrics
+from varstream.parallel._checks import ShardCall, agree, check_shard
+from varstream.parallel._loss import loss_sum
+from varstream.parallel._rows import row_values
+from varstream.reference.cross_entropy import Scales
+from varstream.reference.token_logprobs import Wanted
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight_shard: Tensor,
+    target: Tensor,
+    *,
+    group: Any = None,
+    shard_sizes: Sequence[int] | None = None,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    temperature: float = 1.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    normalizer: int | float | Tensor | None = None,
+    options: Any = None,
+    chunk_size: int | None = None,
+    return_metrics: bool = False,
+) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
+    """``varstream.linear_cross_entropy`` with the rows of the weight spread over a group's ranks.
+
+    Every rank calls it with the same arguments but the shard and its bias, gets the same loss and
+    runs the same backward.
+
+    Args:
+        input: ``(N, d)`` float64, float32, bfloat16 or float16, the same on every rank.
+        linear_weight_shard: ``(V_r, d)`` in the dtype of ``input``: this rank's rows of the weight
+            ``(V, d)``, at least one. Rank 0 of the group holds the first, and so on; the sizes may
+            differ.
+        target: ``(N,)`` or ``(N, K)`` int64 or int32, the same on every rank: classes in
+            ``[0, V)`` of the whole head, or ``ignore_index``.
+        group: a ``torch.distributed`` process group that holds this process; None is the default.
+        shard_sizes: ``V_r`` of every rank in the group's order. Given, no sizes are exchanged and
+            the ranks' arguments aren't compared.
+        linear_bias: ``(V_r,)`` in the dtype of ``input``: this rank's entries of the bias.
+        weight: class weights ``(V,)`` of the whole head, the same on every rank.
+        reduction, ignore_index, label_smoothing, logit_scale, softcap, temperature: as in
+            ``varstream.linear_cross_entropy``, the same on every rank.
+        z_loss, token_weight, normalizer, options, return_metrics: likewise.
+        chunk_size: likewise; ``None`` chooses it for the largest shard.
+
+    Returns:
+        What ``varstream.linear_cross_entropy`` returns for the whole weight, with the same dtypes,
+        on every rank. In the backward ``input`` gets its whole gradient on every rank, the shard
+        and its bias their own. It can be differentiated once.
+
+    Raises:
+        TypeError: an argument has the wrong type, is a DTensor, or is inside a ``torch.func``
+            transform or dual.
+        ValueError: ``torch.distributed`` isn't initialised, this process isn't in ``group``, the
+            cases of ``varstream.linear_cross_entropy``, or arguments that differ between ranks or
+            are refused on another rank.
+
+    Cost: the products of ``varstream.linear_cross_entropy``, each over ``V_r`` classes. Per chunk
+    of C rows one gather of 2 + K float64 a row and rank (one more with smoothing, one with
+    metrics), and one sum of ``(C, d)`` over the ranks in the accumulation dtype where ``input``
+    needs a gradient. ``"mean"`` and ``"sum"`` communicate in the forward only; ``"none"`` gathers
+    again in the backward and sums there. ``torch.compile`` breaks its graph at the call.
+
+    Source: the vocabulary-parallel cross-entropy of Megatron-LM (Shoeybi et al., 2019).
+    """
+
+    def check() -> tuple[HeadCall, tuple[Any, ...]]:
+        check_reduction(reduction, normalizer)
+        check_bool("return_metrics", return_metrics)
+        eps = check_float("label_smoothing", label_smoothing, low=0.0, high=1.0)
+        z_factor = check_float("z_loss", z_loss, low=0.0)
+        call = check_shard(
+            input,
+            linear_weight_shard,
+            target,
+            linear_bias=linear_bias,
+            ignore_index=-100 if ignore_index is None else ignore_index,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            temperature=temperature,
+            chunk_size=chunk_size,
+        )
+        check_constant("token_weight", token_weight, call, target.shape, "like target")
+        rows = chunk_size_from_options(options, chunk_size, call.input.dtype)
+        call = call if rows is None else call._replace(chunk_size=rows)
+        given = (weight is not None, token_weight is not None)
+        return call, (reduction, eps, z_factor, return_metrics, *given)
+
+    shard = agree(group, shard_sizes, input, check)
+    whole = shard.whole()
+    check_constant("weight", weight, whole, whole.linear_weight.shape[:1], "(V,)")
+    terms = terms_of(whole, weight, token_weight, float(label_smoothing), float(z_loss))
+    if reduction == "none":
+        loss, z_term, argmax, logp = _unreduced(shard, terms, return_metrics)
+    else:
+        divisor = _divisor(terms, normalizer) if reduction == "mean" else None
+        loss, z_term, argmax, logp = _reduced(shard, terms, divisor, return_metrics)
+    if not return_metrics:
+        return loss
+    hits = (target == terms.like_target(argmax)) & terms.valid
+    accuracy = hits.sum().to(terms.acc) / terms.count.clamp(min=1)
+    return loss, CrossEntropyMetrics(z_term, accuracy, argmax, logp)
+
+
+# --- reductions: the loss, its z term, argmax and logp --------------------------------------------
+
+
+def _reduced(
+    shard: ShardCall, terms: Terms, divisor: Tensor | None, metrics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum, or the mean with its ``divisor`` ()."""
+    z_factor = torch.full_like(terms.count, terms.z_loss, dtype=terms.acc)
+    if divisor is not None:
+        z_factor = z_factor / terms.valid_rows.sum().clamp(min=1)
+    z_scale = None
+    if terms.z_loss != 0:
+        # The whole sum is divided once, so the z term is scaled by the divisor beforehand.
+        z_scale = z_factor if divisor is None else z_factor * divisor
+    smooth = terms.smooth
+    if smooth is not None and smooth.dim() == 2:
+        smooth = smooth.sum(1)  # of a row's targets: one sum over the classes serves them all
+    scales = Scales(terms.smoothing_weight, terms.nll, smooth, z_scale)
+    found = loss_sum(shard, scales, metrics)
+    loss = found.loss_sum if divisor is None else found.loss_sum / divisor
+    return loss, found.lse_sq_sum * z_factor, found.argmax, found.logp
+
+
+def _unreduced(
+    shard: ShardCall, terms: Terms, metrics: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses in the shape of target; the gradient is recomputed in the backward."""
+    want = Wanted(class_sum=terms.smooth is not None, argmax=metrics)
+    values = row_values(shard, terms.smoothing_weight, want)
+    if terms.nll is None:
+        loss = 0.0 - values.logp  # not neg: ignored rows are +0
+    else:
+        loss = torch.where(terms.nll == 0, 0.0, -values.logp * terms.nll)
+    if terms.smooth is not None:
+        class_sum = terms.like_target(values.class_sum)
+        loss = loss + torch.where(terms.smooth == 0, 0.0, -class_sum * terms.smooth)
+    z_term = values.lse.square() * terms.z_loss
+    if terms.z_loss != 0:
+        loss = loss + torch.where(terms.first_valid(), terms.like_target(z_term), 0.0)
+    return loss, z_term.detach().sum(), values.argmax, values.logp.detach()
+
+
+def _divisor(terms: Terms, normalizer: int | float | Tensor | None) -> Tensor:
+    """What the summed loss is divided by, () acc dtype; 1 where nothing is valid: 0 stays 0."""
+    if normalizer is not None:
+        return check_normalizer(normalizer, terms.count, terms.count.to(terms.acc))
+    return torch.where(terms.count == 0, 1.0, terms.weight_sum())
