@@ -339,6 +339,21 @@ def test_a_repeatable_dq_is_as_near(backend, options):
 
 
 @on("emulated", "cuda")
+@pytest.mark.parametrize("options", ["plain", "everything"])
+@pytest.mark.parametrize("dims", DIMS)
+def test_a_repeatable_dq_at_tile_edges(backend, dims, options):
+    """Tiles of 64 rows, and of 64 or 32 keys; a group's three heads share rows or don't."""
+    shape = {"heads": 3, "kv_heads": 1, "head_dim": dims[0], "value_dim": dims[1]}
+    options = OPTIONS[options] | ({"alibi_slopes": torch.rand(3)} if options != "plain" else {})
+    for lengths in (([63, 65, 1], [65, 31, 33]), ([1, 22], [70, 33])):
+        cu = [cu_seqlens(n) for n in lengths]
+        for dtype in backend.dtypes:
+            q, k, v, keywords, inputs = make(*lengths, options, dtype=dtype, **shape)
+            got = backend.attention(q, k, v, *cu, deterministic=True, **keywords)
+            assert_backward(backend, got, inputs, q, k, v, *cu, **keywords)
+
+
+@on("emulated", "cuda")
 def test_a_repeatable_dq_needs_no_sum_in_memory(backend):
     """float32 of q's shape is what the other way takes on top."""
     shape = {"heads": 2, "kv_heads": 1, "head_dim": 64, "value_dim": 64}

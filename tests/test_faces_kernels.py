@@ -292,6 +292,24 @@ def test_padding_free_with_dropout(operators):
 DROPOUT_BATCH = batch(FIRST_KEPT)
 
 
+@pytest.mark.emulated
+def test_padding_free_is_repeatable_where_torch_asks_for_it(operators, monkeypatch):
+    """The flag must reach the backward's kernels, once a layer."""
+    seen = []
+    called = operators.varlen_attention_bwd
+
+    def watched(*args):
+        seen.append(args[7 + attention_call.Call._fields.index("deterministic")])
+        return called(*args)
+
+    monkeypatch.setattr(operators, "varlen_attention_bwd", watched)
+    model = vs.padding_free(make("BertModel", torch.bfloat16, pooler=False))
+    for asked in (False, True):
+        torch.use_deterministic_algorithms(asked)
+        model(**batch(MASK)).last_hidden_state.sum().backward()
+    assert seen == [False] * 2 + [True] * 2
+
+
 # --- the demo -------------------------------------------------------------------------------------
 
 

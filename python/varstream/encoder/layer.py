@@ -59,6 +59,7 @@ class LayerParts:
             max_seqlen_q=rows.max_seqlen,
             softmax_scale=self.scaling,
             dropout_p=self.attention_dropout,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         assert isinstance(attended, Tensor)
         x = _close(attended.flatten(1), self.out, self.out_dropout, x, self.out_norm)
