@@ -141,6 +141,16 @@ def test_buffers_that_cannot_be_added_into_are_refused():
     expanded = torch.zeros(1, 2, 8, dtype=torch.float64).expand(5, 2, 8)
     with pytest.raises(ValueError, match="dv must not be expanded"):
         vs.varlen_attention_backward(**(arguments | {"dv": expanded}))
+    rows = torch.zeros(5 * 8 + 8, dtype=torch.float64)
+    woven = rows.as_strided((5, 2, 8), (8, 8, 1))  # a row's second head is the next row's first
+    with pytest.raises(ValueError, match=r"dv must hold each element once.*strides \(8, 8, 1\)"):
+        vs.varlen_attention_backward(**(arguments | {"dv": woven}))
+    slopes = torch.zeros(5, 2, 8, dtype=torch.float64)
+    shared = {"dv": slopes, "alibi_slopes": slopes[0, 0, : arguments["q"].shape[1]]}
+    with pytest.raises(ValueError, match="dv must not share memory with alibi_slopes"):
+        vs.varlen_attention_backward(**(arguments | shared))
+    between = torch.zeros(5, 3, 2, 8, dtype=torch.float64)[:, 1]  # a view with gaps is fine
+    vs.varlen_attention_backward(**(arguments | {"dv": between}))
 
 
 def test_no_graph_is_recorded():

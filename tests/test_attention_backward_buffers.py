@@ -198,7 +198,7 @@ REFUSED = {
     "dv_overlaps_itself": (
         "dv",
         lambda t: t.as_strided((5, 2, 8), (8, 8, 1)),
-        None,
+        "dv must hold each element once",
         "dv must not be expanded or overlap itself",
     ),
     "dk_strided": (

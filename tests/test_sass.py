@@ -115,8 +115,8 @@ def test_counts_off_the_ideal_miss_the_bar(path, value, complaint):
         (("LDGSTS",), {"128": 34}, "LDGSTS by width: {'128': 34}, not {'128': 32, '64': 2}"),
         (("STG",), {"32": 192}, "STG by width: {'32': 192}, not {'128': 16, '32': 128}"),
         (("loop", "STS"), 64, "STS in the loop: 64, not 32"),
-        (("RED",), {"32": 65}, "words added to dQ: 65, over 64"),
-        (("RED",), {"128": 17}, "words added to dQ: 68, over 64"),
+        (("RED",), {"32": 65}, "words added to dQ: 65, not 32"),
+        (("RED",), {"128": 17}, "words added to dQ: 68, not 32"),
         (("loop", "LDG"), 1, "LDG in the loop: 1, over 0"),
     ],
 )

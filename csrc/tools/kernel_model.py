@@ -13,7 +13,8 @@ UNITS = ("tensor", "issue", "fma", "alu", "mufu", "shared")
 MUFU, LANES_16, LANES_32 = 8, 2, 1  # cycles of a quarter SM, an instruction of a warp
 # The SM's shared memory moves 128 bytes a cycle, and its four quarters take turns.
 SHARED_16_BYTES, SHARED_4_BYTES = 16, 4
-SECTORS = 8  # of 32 bytes, that an addition to dQ touches: its lanes hold 8 rows
+# Sectors of 32 bytes that an addition to dQ touches: lanes hold 8 rows, or 16 with four values.
+SECTORS = {"sm_80": 8, "sm_90": 16}
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,6 @@ def begin(name: str) -> str:
 def cycles(gpu: Gpu, sass: dict[str, Any]) -> dict[str, float]:
     """Cycles that a warp's tile keeps each unit of its quarter of the SM busy."""
     mix = dict(sass["tile"])
-    # Lanes that disagree go both ways of a branch round additions, the counted round only one.
-    mix["all"] += sass["loop"]["RED"] - mix["RED"]
-    mix["RED"] = sass["loop"]["RED"]
     floats = sum(mix[name] for name in ("FFMA", "FMUL", "FADD"))
     shared = {name: SHARED_16_BYTES * mix[name] for name in ("LDSM", "LDGSTS")}
     shared |= {name: SHARED_4_BYTES * mix[name] for name in ("LDS", "STS", "SHFL", "RED")}
@@ -85,7 +83,13 @@ def cells(gpu: Gpu, row: dict[str, Any]) -> dict[str, str]:
         **{unit: f"{busy[unit]:.0f}" for unit in UNITS},
     }
     if backward:
-        sectors = 4 * SECTORS * row["sass"]["loop"]["RED"] / busy["tensor"] * gpu.multiprocessors
+        sectors = (
+            4
+            * SECTORS[gpu.arch]
+            * row["sass"]["loop"]["RED"]
+            / busy["tensor"]
+            * gpu.multiprocessors
+        )
         found["sectors of dQ"] = f"{sectors:.0f}"
     found["of the tensor peak"] = f"{low:.0%} to {high:.0%}"
     found["TFLOP/s"] = f"{low * gpu.peak:.0f} to {high * gpu.peak:.0f}"

@@ -143,7 +143,8 @@ inline void check_accumulators(const torch::stable::Tensor& q,
                                          &saved.out,
                                          &saved.lse,
                                          saved.dlse ? &*saved.dlse : nullptr,
-                                         o.sinks ? &*o.sinks : nullptr};
+                                         o.sinks ? &*o.sinks : nullptr,
+                                         o.alibi_slopes ? &*o.alibi_slopes : nullptr};
   const torch::stable::Tensor* written[] = {&g.dk, &g.dv, g.dsinks ? &*g.dsinks : nullptr};
   for (const auto* buffer : written) {
     if (buffer == nullptr) continue;

@@ -136,7 +136,9 @@ def _guard(q: Tensor, k: Tensor, v: Tensor, call: Call, *backward: Any) -> None:
             raise ValueError("rng_state must be given when dropout_p > 0, got None")
         if backward:
             dout, out, lse, dlse, *buffers = backward
-            check_backward(dout, q, k, v, out, lse, dlse, call.sinks, *buffers)
+            check_backward(
+                dout, q, k, v, out, lse, dlse, call.sinks, *buffers, alibi_slopes=call.alibi_slopes
+            )
 
 
 @_load.composed_kernel("varlen_attention")

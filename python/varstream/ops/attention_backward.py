@@ -91,7 +91,7 @@ def varlen_attention_backward(
         raise ValueError(
             "rng_state must be the forward's dropout state when dropout_p > 0, got None"
         )
-    check_backward(dout, q, k, v, out, lse, dlse, sinks, dk, dv, dsinks)
+    check_backward(dout, q, k, v, out, lse, dlse, sinks, dk, dv, dsinks, alibi_slopes=alibi_slopes)
     with torch.no_grad():
         return torch.ops.varstream.varlen_attention_bwd_accumulate(
             dout, q, k, v, out, lse, dlse, *call, dk, dv, dsinks

@@ -282,6 +282,8 @@ def check_backward(
     dk: Tensor,
     dv: Tensor,
     dsinks: Tensor | None,
+    *,
+    alibi_slopes: Tensor | None,
 ) -> None:
     """Check what the backward takes beside the forward's arguments; q, k, v are checked already."""
     acc, device = (acc_dtype(q.dtype),), q.device
@@ -317,6 +319,7 @@ def check_backward(
             "lse": lse,
             "dlse": dlse,
             "sinks": sinks,
+            "alibi_slopes": alibi_slopes,
         },
     )
 
@@ -330,6 +333,21 @@ def _check_accumulator(name: str, buffer: Tensor | None) -> None:
     sizes = zip(buffer.shape, buffer.stride(), strict=True)
     if any(size > 1 and stride == 0 for size, stride in sizes):
         raise ValueError(f"{name} must not be expanded, got strides {buffer.stride()}")
+    if not is_compiling() and _meets_itself(buffer):
+        raise ValueError(
+            f"{name} must hold each element once, got shape {tuple(buffer.shape)} with strides "
+            f"{buffer.stride()}, which overlap"
+        )
+
+
+def _meets_itself(t: Tensor) -> bool:
+    """Whether some dimension's stride doesn't pass what the dimensions of smaller stride reach."""
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += (size - 1) * stride
+    return False
 
 
 def _check_kernel_accumulator(name: str, buffer: Tensor) -> None:
