@@ -84,7 +84,9 @@ def test_every_schema_is_there():
             "varlen_attention_composed",
             "varlen_attention_bwd",
         ),
-        *("varlen_attention_bwd_accumulate", "linear_cross_entropy", "linear_distillation"),
+        *("varlen_attention_bwd_composed", "varlen_attention_bwd_accumulate"),
+        *("varlen_attention_bwd_accumulate_composed", "linear_cross_entropy"),
+        "linear_distillation",
         *("token_logprobs", "token_logprobs_bwd", "linear_bias_gelu", "linear_bias_gelu_bwd"),
         *("bias_residual_layer_norm", "bias_residual_layer_norm_bwd"),
     }
