@@ -1,29 +1,19 @@
-"""``linear_cross_entropy``: the public call, its reductions and metrics."""
+"""``linear_cross_entropy``: the public call."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from functools import partial
+from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
-from varstream._checks import check_bool, check_float, check_normalizer
-from varstream.ops._cross_entropy_terms import Terms, terms_of
-from varstream.ops._head import HeadCall, check_constant, check_head, check_reduction
+from varstream._checks import check_bool, check_float
+from varstream.ops._cross_entropy_reductions import CrossEntropyMetrics, Driver, reduce_loss
+from varstream.ops._cross_entropy_terms import terms_of
+from varstream.ops._head import check_constant, check_head, check_reduction
 from varstream.ops._head_options import chunk_size_from_options
 from varstream.ops._linear_cross_entropy import loss_sum
 from varstream.ops._token_logprobs import row_values
-from varstream.reference.cross_entropy import Scales
-from varstream.reference.token_logprobs import Wanted
-
-
-class CrossEntropyMetrics(NamedTuple):
-    """What ``linear_cross_entropy`` returns beside the loss; nothing here is differentiable."""
-
-    z_loss: Tensor  # () acc dtype, the z term included in the loss (its sum for "none")
-    accuracy: Tensor  # () acc dtype, share of valid targets that are the argmax of their row
-    argmax: Tensor  # (N,) int64, -1 at ignored rows
-    logp: Tensor  # like target, acc dtype, log p(target), 0 where ignored
 
 
 @overload
@@ -181,74 +171,12 @@ def linear_cross_entropy(
         check_float("label_smoothing", label_smoothing, low=0.0, high=1.0),
         check_float("z_loss", z_loss, low=0.0),
     )
-    if reduction == "none":
-        loss, metrics = _unreduced(call, terms, return_metrics)
-    else:
-        divisor = _divisor(terms, normalizer) if reduction == "mean" else None
-        loss, metrics = _reduced(call, terms, divisor, return_metrics)
+    loss, metrics = reduce_loss(
+        Driver(partial(loss_sum, call), partial(row_values, call)),
+        target,
+        terms,
+        reduction,
+        normalizer,
+        return_metrics,
+    )
     return loss if metrics is None else (loss, metrics)
-
-
-# --- reductions -----------------------------------------------------------------------------------
-
-
-def _reduced(
-    call: HeadCall, terms: Terms, divisor: Tensor | None, return_metrics: bool
-) -> tuple[Tensor, CrossEntropyMetrics | None]:
-    """The sum, or the mean with its ``divisor`` (); the gradient is formed in the forward."""
-    z_scale = z_factor = None
-    if terms.z_loss != 0:
-        # The whole sum is divided once, so the z term is scaled by divisor / rows beforehand.
-        rows = terms.valid_rows.sum().clamp(min=1)
-        z_factor = torch.full_like(terms.count, terms.z_loss, dtype=terms.acc)
-        z_factor = z_factor if divisor is None else z_factor / rows
-        z_scale = z_factor if divisor is None else z_factor * divisor
-    smooth = terms.smooth
-    if smooth is not None and smooth.dim() == 2:
-        smooth = smooth.sum(1)  # of a row's targets: one sum over the classes serves them all
-    scales = Scales(terms.smoothing_weight, terms.nll, smooth, z_scale)
-    found = loss_sum(call, scales, return_metrics)
-    loss = found.loss_sum if divisor is None else found.loss_sum / divisor
-    if not return_metrics:
-        return loss, None
-    z_term = torch.zeros_like(found.lse_sq_sum) if z_factor is None else found.lse_sq_sum * z_factor
-    return loss, _metrics(call, terms, z_term, found.argmax, found.logp)
-
-
-def _unreduced(
-    call: HeadCall, terms: Terms, return_metrics: bool
-) -> tuple[Tensor, CrossEntropyMetrics | None]:
-    """Losses in the shape of target; the gradient is recomputed in the backward."""
-    want = Wanted(class_sum=terms.smooth is not None, argmax=return_metrics)
-    values = row_values(call, terms.smoothing_weight, want)
-    if terms.nll is None:
-        loss = 0.0 - values.logp  # not neg: ignored rows are +0
-    else:
-        loss = torch.where(terms.nll == 0, 0.0, -values.logp * terms.nll)
-    if terms.smooth is not None:
-        class_sum = terms.like_target(values.class_sum)
-        loss = loss + torch.where(terms.smooth == 0, 0.0, -class_sum * terms.smooth)
-    z_term = values.lse.square() * terms.z_loss
-    if terms.z_loss != 0:
-        loss = loss + torch.where(terms.first_valid(), terms.like_target(z_term), 0.0)
-    if not return_metrics:
-        return loss, None
-    return loss, _metrics(call, terms, z_term.detach().sum(), values.argmax, values.logp)
-
-
-def _metrics(
-    call: HeadCall, terms: Terms, z_term: Tensor, argmax: Tensor, logp: Tensor
-) -> CrossEntropyMetrics:
-    hits = (call.target == terms.like_target(argmax)) & terms.valid
-    accuracy = hits.sum().to(terms.acc) / terms.count.clamp(min=1)
-    return CrossEntropyMetrics(z_term, accuracy, argmax, logp.detach())
-
-
-# --- the divisor ----------------------------------------------------------------------------------
-
-
-def _divisor(terms: Terms, normalizer: int | float | Tensor | None) -> Tensor:
-    """What the summed loss is divided by, () acc dtype; 1 where nothing is valid: 0 stays 0."""
-    if normalizer is not None:
-        return check_normalizer(normalizer, terms.count, terms.count.to(terms.acc))
-    return torch.where(terms.count == 0, 1.0, terms.weight_sum())

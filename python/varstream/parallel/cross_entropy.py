@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from varstream._checks import check_bool, check_float, check_normalizer
-from varstream.ops._cross_entropy_terms import Terms, terms_of
+from varstream._checks import check_bool, check_float
+from varstream.ops._cross_entropy_reductions import CrossEntropyMetrics, Driver, reduce_loss
+from varstream.ops._cross_entropy_terms import terms_of
 from varstream.ops._head import HeadCall, check_constant, check_reduction
 from varstream.ops._head_options import chunk_size_from_options
-from varstream.ops.linear_cross_entropy import CrossEntropyMetrics
-from varstream.parallel._checks import ShardCall, agree, check_shard
+from varstream.parallel._checks import agree, check_shard
 from varstream.parallel._loss import loss_sum
 from varstream.parallel._rows import row_values
-from varstream.reference.cross_entropy import Scales
-from varstream.reference.token_logprobs import Wanted
 
 
 def linear_cross_entropy(
@@ -111,62 +109,12 @@ def linear_cross_entropy(
     whole = shard.whole()
     check_constant("weight", weight, whole, whole.linear_weight.shape[:1], "(V,)")
     terms = terms_of(whole, weight, token_weight, float(label_smoothing), float(z_loss))
-    if reduction == "none":
-        loss, z_term, argmax, logp = _unreduced(shard, terms, return_metrics)
-    else:
-        divisor = _divisor(terms, normalizer) if reduction == "mean" else None
-        loss, z_term, argmax, logp = _reduced(shard, terms, divisor, return_metrics)
-    if not return_metrics:
-        return loss
-    hits = (target == terms.like_target(argmax)) & terms.valid
-    accuracy = hits.sum().to(terms.acc) / terms.count.clamp(min=1)
-    return loss, CrossEntropyMetrics(z_term, accuracy, argmax, logp)
-
-
-# --- reductions: the loss, its z term, argmax and logp --------------------------------------------
-
-
-def _reduced(
-    shard: ShardCall, terms: Terms, divisor: Tensor | None, metrics: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The sum, or the mean with its ``divisor`` ()."""
-    z_factor = torch.full_like(terms.count, terms.z_loss, dtype=terms.acc)
-    if divisor is not None:
-        z_factor = z_factor / terms.valid_rows.sum().clamp(min=1)
-    z_scale = None
-    if terms.z_loss != 0:
-        # The whole sum is divided once, so the z term is scaled by the divisor beforehand.
-        z_scale = z_factor if divisor is None else z_factor * divisor
-    smooth = terms.smooth
-    if smooth is not None and smooth.dim() == 2:
-        smooth = smooth.sum(1)  # of a row's targets: one sum over the classes serves them all
-    scales = Scales(terms.smoothing_weight, terms.nll, smooth, z_scale)
-    found = loss_sum(shard, scales, metrics)
-    loss = found.loss_sum if divisor is None else found.loss_sum / divisor
-    return loss, found.lse_sq_sum * z_factor, found.argmax, found.logp
-
-
-def _unreduced(
-    shard: ShardCall, terms: Terms, metrics: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses in the shape of target; the gradient is recomputed in the backward."""
-    want = Wanted(class_sum=terms.smooth is not None, argmax=metrics)
-    values = row_values(shard, terms.smoothing_weight, want)
-    if terms.nll is None:
-        loss = 0.0 - values.logp  # not neg: ignored rows are +0
-    else:
-        loss = torch.where(terms.nll == 0, 0.0, -values.logp * terms.nll)
-    if terms.smooth is not None:
-        class_sum = terms.like_target(values.class_sum)
-        loss = loss + torch.where(terms.smooth == 0, 0.0, -class_sum * terms.smooth)
-    z_term = values.lse.square() * terms.z_loss
-    if terms.z_loss != 0:
-        loss = loss + torch.where(terms.first_valid(), terms.like_target(z_term), 0.0)
-    return loss, z_term.detach().sum(), values.argmax, values.logp.detach()
-
-
-def _divisor(terms: Terms, normalizer: int | float | Tensor | None) -> Tensor:
-    """What the summed loss is divided by, () acc dtype; 1 where nothing is valid: 0 stays 0."""
-    if normalizer is not None:
-        return check_normalizer(normalizer, terms.count, terms.count.to(terms.acc))
-    return torch.where(terms.count == 0, 1.0, terms.weight_sum())
+    loss, metrics = reduce_loss(
+        Driver(partial(loss_sum, shard), partial(row_values, shard)),
+        target,
+        terms,
+        reduction,
+        normalizer,
+        return_metrics,
+    )
+    return loss if metrics is None else (loss, metrics)
