@@ -56,6 +56,15 @@ INSTRUCTIONS = [
     "bar.warp.sync",
     "atom.shared",
     "red.global.add.f32",
+    *(f"ld.global.L1::no_allocate.{word}" for word in ("u16", "u32", "v2.u32", "v4.u32")),
+    *(f"st.global.cs.{word}" for word in ("u16", "u32", "v2.u32", "v4.u32")),
+]
+FROM_SM_90 = [
+    "red.global.add.v4.f32",
+    "barrier.cluster.arrive.release.aligned",
+    "barrier.cluster.wait.acquire.aligned",
+    "mapa.shared::cluster.u32",
+    "ld.shared::cluster.u32",
 ]
 
 
@@ -334,4 +343,5 @@ def test_wrappers_compile_for_the_device(architecture: str, tmp_path: Path):
     assert files
     for assembly in (f.read_text() for f in files):
         assert [i for i in INSTRUCTIONS if i not in assembly] == []
-        assert ("red.global.add.v4.f32" in assembly) == (architecture == "sm_90a")
+        newer = [i for i in FROM_SM_90 if i in assembly]
+        assert newer == (FROM_SM_90 if architecture == "sm_90a" else [])

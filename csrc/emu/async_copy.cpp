@@ -19,6 +19,7 @@ void copy_async(void* shared, const void* global, int bytes, int valid_bytes) {
   }
   SharedMemory::poison(shared, bytes);
   block().counts().add(Count::kCpAsync);
+  block().counts().add(Count::kGlobalRead, valid_bytes);
   Thread& self = thread();
   self.copies.push_back(
       {static_cast<uint8_t*>(shared), static_cast<const uint8_t*>(global), bytes, valid_bytes});

@@ -3,13 +3,23 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "emu/cluster.h"
 #include "emu/unchecked.h"
 
 namespace varstream::emu {
 namespace {
 
-constexpr const char* kCountNames[] = {
-    "ldmatrix", "mma", "cp.async", "shuffle", "vote", "barrier", "ldmatrix bank conflicts"};
+constexpr const char* kCountNames[] = {"ldmatrix",
+                                       "mma",
+                                       "cp.async",
+                                       "shuffle",
+                                       "vote",
+                                       "barrier",
+                                       "ldmatrix bank conflicts",
+                                       "cluster barrier",
+                                       "global bytes read",
+                                       "global bytes written"};
+constexpr const char* kAtCluster = "the barrier";
 std::atomic<int64_t> totals[int(Count::kNumber)];
 
 }  // namespace
@@ -36,28 +46,15 @@ std::string describe(const Thread& thread) {
          ") warp " + std::to_string(thread.warp) + " lane " + std::to_string(thread.lane);
 }
 
-void Block::run(Index3 grid,
-                Index3 shape,
-                Index3 index,
-                size_t shared_bytes,
-                Schedule schedule,
-                const std::function<void()>& kernel) {
-  grid_ = grid, shape_ = shape, index_ = index, kernel_ = &kernel, schedule_ = schedule;
-  const uint64_t number = index.x + uint64_t{grid.x} * (index.y + uint64_t{grid.y} * index.z);
-  random_ = schedule.seed * 0x9E3779B97F4A7C15u + number;
-  prepare(shared_bytes);
-  running_block = this;
-  if (live_ > 0) host_.switch_to(next());
-  running_block = nullptr;
-  for (int i = 0; i < int(Count::kNumber); ++i) totals[i] += counts_.of[i];
-  if (error_ != nullptr) std::rethrow_exception(error_);
-  if (finished_ < live_) deadlock();
-  shared_.check();
-}
-
-void Block::prepare(size_t shared_bytes) {
-  shared_.reset(shared_bytes);
-  live_ = int(shape_.x * shape_.y * shape_.z);
+void Block::start(const Launch& launch, uint64_t number, Cluster& cluster) {
+  launch_ = launch, cluster_ = &cluster;
+  const Index3 grid = launch.grid, shape = launch.shape;
+  index_ = {uint32_t(number % grid.x),
+            uint32_t(number / grid.x % grid.y),
+            uint32_t(number / grid.x / grid.y)};
+  random_ = launch.schedule.seed * 0x9E3779B97F4A7C15u + number;
+  shared_.reset(launch.shared_bytes);
+  live_ = launch.threads();
   finished_ = turn_ = 0;
   error_ = nullptr;
   failed_ = false;
@@ -65,6 +62,7 @@ void Block::prepare(size_t shared_bytes) {
   ready_.fill(live_);
   for (Barrier& barrier : barriers_) barrier = {};
   for (Warp& warp : warps_) warp.under_way = 0;
+  for (uint32_t& lanes : at_cluster_) lanes = 0;
   while (int(kept_.size()) < live_) {
     kept_.push_back(std::make_unique<Thread>());
     threads_[kept_.size() - 1] = kept_.back().get();
@@ -72,11 +70,20 @@ void Block::prepare(size_t shared_bytes) {
   for (int i = 0; i < live_; ++i) {
     Thread& t = *threads_[i];
     t.block = this;
-    t.index = {i % shape_.x, i / shape_.x % shape_.y, i / shape_.x / shape_.y};
+    t.index = {i % shape.x, i / shape.x % shape.y, i / shape.x / shape.y};
     t.number = i, t.warp = i / kWarpLanes, t.lane = i % kWarpLanes;
     t.copies.clear(), t.groups.clear(), t.open_copies = 0;
+    t.arrival = -1;
     t.fiber.start(&Block::enter, &t);
   }
+}
+
+void Block::resume() {
+  if (can_go_on()) host_.switch_to(pick());
+}
+
+void Block::add_counts() const {
+  for (int i = 0; i < int(Count::kNumber); ++i) totals[i] += counts_.of[i];
 }
 
 // Exceptions can't cross from one stack to another: the host's stack rethrows them.
@@ -84,10 +91,11 @@ Fiber& Block::enter(void* argument) {
   auto& t = *static_cast<Thread*>(argument);
   Block& self = *t.block;
   try {
-    (*self.kernel_)();
+    (*self.launch_.kernel)();
     if (!t.copies.empty()) {
       throw std::logic_error(describe(t) + " ended with asynchronous copies it never waited for");
     }
+    self.cluster_->ended(t);
   } catch (...) {
     self.error_ = std::current_exception();
     self.failed_ = true;
@@ -99,17 +107,31 @@ Fiber& Block::enter(void* argument) {
 
 // --- who runs next ------------------------------------------------------------------------------
 
-// The thread to go on with; the host after an error or when no thread can run.
+// The thread to go on with; the host after an error, when no thread can run or when it is another
+// block's turn.
 VARSTREAM_UNCHECKED Fiber& Block::next() {
-  if (failed_ || ready_.empty()) return host_;
-  if (schedule_.order == Order::kRandom) {
+  if (failed_ || ready_.empty() || (launch_.cluster > 1 && turn_is_over())) return host_;
+  return pick();
+}
+
+// Random: now and then. Round-robin: once each thread had its turn.
+VARSTREAM_UNCHECKED bool Block::turn_is_over() {
+  if (launch_.schedule.order == Order::kRoundRobin) return ready_.next(turn_) <= current_->number;
+  if (launch_.schedule.order == Order::kWarpGreedy) return false;
+  random_ = random_ * 6364136223846793005u + 1;
+  return random_ >> 59 == 0;
+}
+
+VARSTREAM_UNCHECKED Fiber& Block::pick() {
+  const Order order = launch_.schedule.order;
+  if (order == Order::kRandom) {
     random_ = random_ * 6364136223846793005u + 1;  // congruential: only high bits are used
     turn_ = int((random_ >> 32) * uint64_t(live_) >> 32);
   }
   const int number = ready_.next(turn_);
-  if (schedule_.order == Order::kRoundRobin) turn_ = (number + 1) % live_;
+  if (order == Order::kRoundRobin) turn_ = (number + 1) % live_;
   // Stay in one warp until all of it waits or is done.
-  if (schedule_.order == Order::kWarpGreedy) turn_ = number / kWarpLanes * kWarpLanes;
+  if (order == Order::kWarpGreedy) turn_ = number / kWarpLanes * kWarpLanes;
   current_ = threads_[number];
   return current_->fiber;
 }
@@ -122,8 +144,7 @@ VARSTREAM_UNCHECKED void Block::wait(Wait until) {
   if (&to != &self.fiber) self.fiber.switch_to(to);
 }
 
-void Block::deadlock() const {
-  std::string text = "deadlock:";
+void Block::tell_waiting(std::string& text, int lines) const {
   int told = 0;
   for (int i = 0; i < live_; ++i) {
     const Thread& t = *threads_[i];
@@ -134,13 +155,19 @@ void Block::deadlock() const {
         before->wait == t.wait) {
       continue;
     }
-    if (++told > 8) throw std::runtime_error(text + "\n  ...");
-    text += "\n  " + describe(t) + " waits for ";
-    text += t.wait.id < 0 ? std::string(t.wait.name) + " of its warp"
-                          : "barrier " + std::to_string(t.wait.id) + ", " +
-                                std::to_string(t.wait.threads) + " threads";
+    if (++told > lines) {
+      text += "\n  ...";
+      return;
+    }
+    text += "\n  " + describe(t) + " waits for " + t.wait.name;
+    if (t.wait.name == kAtCluster) {
+      text += " of its cluster";
+    } else if (t.wait.id < 0) {
+      text += " of its warp";
+    } else {
+      text += " " + std::to_string(t.wait.id) + ", " + std::to_string(t.wait.threads) + " threads";
+    }
   }
-  throw std::runtime_error(text);
 }
 
 // --- what threads wait for ----------------------------------------------------------------------
@@ -168,6 +195,18 @@ void Block::barrier(int id, int count, bool wait_here) {
   if (!wait_here) return;
   b.waiting[current_->warp] |= uint32_t{1} << current_->lane;
   wait({"barrier", id, expected});
+}
+
+void Block::wait_for_cluster() {
+  at_cluster_[current_->warp] |= uint32_t{1} << current_->lane;
+  wait({kAtCluster});
+}
+
+void Block::wake_from_cluster() {
+  for (int warp = 0; warp * kWarpLanes < live_; ++warp) {
+    ready_.add(warp, at_cluster_[warp]);
+    at_cluster_[warp] = 0;
+  }
 }
 
 VARSTREAM_UNCHECKED void Block::collective(const char* name,

@@ -31,6 +31,18 @@ struct Schedule {
 };
 
 class Block;
+class Cluster;
+
+// What the blocks of a launch have in common.
+struct Launch {
+  Index3 grid, shape;
+  uint32_t cluster;  // blocks, neighbours along x
+  size_t shared_bytes;
+  Schedule schedule;
+  const std::function<void()>* kernel;  // bound to its parameters, for each thread
+
+  int threads() const { return int(shape.x * shape.y * shape.z); }
+};
 
 // A copy from global to shared memory that has been issued and not delivered.
 struct PendingCopy {
@@ -40,7 +52,7 @@ struct PendingCopy {
   int src_bytes;  // the rest of dst is zeroed
 };
 
-// What a thread waits for: a collective of its warp (id -1) or a barrier.
+// What a thread waits for: a barrier of its block, or by name what has no number.
 struct Wait {
   const char* name = "";
   int id = -1;
@@ -62,17 +74,22 @@ struct Thread {
   std::vector<PendingCopy> copies;  // issued and not delivered, oldest first
   std::vector<size_t> groups;       // copies in each closed group, oldest first
   size_t open_copies = 0;           // those no group holds yet
+  int64_t arrival = -1;  // phase of the cluster's barrier it arrived in and not waited for
 };
 
 class Block {
  public:
-  // Runs kernel once for each thread of the block; throws what a thread threw, or a deadlock.
-  void run(Index3 grid,
-           Index3 shape,
-           Index3 block,
-           size_t shared_bytes,
-           Schedule schedule,
-           const std::function<void()>& kernel);
+  // Makes a fresh block of it, number `number` of the grid.
+  void start(const Launch& launch, uint64_t number, Cluster& cluster);
+  // Runs threads until none can go on or one failed; where others share the cluster, a schedule
+  // other than warp-greedy stops before that.
+  void resume();
+  bool can_go_on() const { return !ready_.empty(); }
+  bool finished() const { return finished_ == live_; }
+  std::exception_ptr error() const { return error_; }  // what a thread threw
+  // Appends what threads wait for, a line for each group of lanes, up to `lines`.
+  void tell_waiting(std::string& text, int lines) const;
+  void add_counts() const;  // to those of all launches
 
   // --- called from threads ---
 
@@ -83,9 +100,13 @@ class Block {
   // All lanes of mask bring an operand; the last one computes for all of them.
   void collective(const char* name, uint32_t mask, void* operand, Compute compute);
 
+  void wait_for_cluster();
+  void wake_from_cluster();
+
   SharedMemory& shared() { return shared_; }
-  Index3 grid() const { return grid_; }
-  Index3 shape() const { return shape_; }
+  Cluster& cluster() { return *cluster_; }
+  Index3 grid() const { return launch_.grid; }
+  Index3 shape() const { return launch_.shape; }
   Index3 index() const { return index_; }
   VARSTREAM_UNCHECKED Thread& current() { return *current_; }
   Counts& counts() { return counts_; }
@@ -110,13 +131,14 @@ class Block {
   };
 
   static Fiber& enter(void* thread);
-  void prepare(size_t shared_bytes);
   Fiber& next();
+  Fiber& pick();
+  bool turn_is_over();
   void wait(Wait until);
-  [[noreturn]] void deadlock() const;
 
-  Index3 grid_{}, shape_{}, index_{};
-  Schedule schedule_;
+  Launch launch_{};
+  Index3 index_{};
+  Cluster* cluster_ = nullptr;
   uint64_t random_ = 0;
   SharedMemory shared_;
   std::vector<std::unique_ptr<Thread>> kept_;  // of earlier blocks too, for their stacks
@@ -127,8 +149,8 @@ class Block {
   ReadySet ready_;
   Fiber host_;  // whoever launched
   Thread* current_ = nullptr;
-  const std::function<void()>* kernel_ = nullptr;
   Barrier barriers_[kNamedBarriers];
+  uint32_t at_cluster_[kMaxWarps] = {};  // lanes that wait for the cluster's barrier
   Warp warps_[kMaxWarps];
   Counts counts_;
   std::exception_ptr error_;

@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "emu/cluster.h"
+
 namespace varstream {
 
 Index3 thread_index() {
@@ -28,11 +30,15 @@ void launch(Index3 grid,
             Index3 shape,
             size_t shared_bytes,
             Schedule schedule,
-            const std::function<void()>& body) {
+            const std::function<void()>& body,
+            uint32_t cluster) {
   if (uint64_t{shape.x} * shape.y * shape.z > 1024 || grid.y > 65535 || grid.z > 65535) {
     throw std::invalid_argument("emulated launch: a shape the device refuses");
   }
-  std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
+  if (cluster == 0 || cluster > uint32_t(max_cluster_blocks()) || grid.x % cluster != 0) {
+    throw std::invalid_argument("emulated launch: a cluster the device refuses");
+  }
+  std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z / cluster);
   std::iota(order.begin(), order.end(), 0);
   if (schedule.order == Order::kRandom) {
     std::shuffle(order.begin(), order.end(), std::mt19937_64(schedule.seed));
@@ -40,12 +46,9 @@ void launch(Index3 grid,
   // One kernel at a time, whichever host threads launch.
   static std::mutex turn;
   const std::lock_guard<std::mutex> lock(turn);
-  static Block block;  // keeps the fibers' stacks
-  for (uint64_t i : order) {
-    const Index3 index{
-        uint32_t(i % grid.x), uint32_t(i / grid.x % grid.y), uint32_t(i / grid.x / grid.y)};
-    block.run(grid, shape, index, shared_bytes, schedule, body);
-  }
+  static Cluster blocks;  // keeps the fibers' stacks
+  const Launch common{grid, shape, cluster, shared_bytes, schedule, &body};
+  for (uint64_t i : order) blocks.run(common, i * cluster);
 }
 
 size_t& max_shared_bytes() {

@@ -1,4 +1,4 @@
-// Host emulation. Runs a kernel over a grid, block after block.
+// Host emulation. Runs a kernel over a grid, cluster after cluster.
 #pragma once
 
 #include <functional>
@@ -7,14 +7,15 @@
 
 namespace varstream::emu {
 
-// Runs body (a kernel bound to its parameters) for every thread of every block; blocks run one
-// after another, in a random order under a random schedule. Throws what a thread threw, or a
-// deadlock.
+// Runs body (a kernel bound to its parameters) for every thread of every block; clusters (of
+// `cluster` blocks, neighbours along x) run one after another, in a random order under a random
+// schedule, and the blocks of one in turns. Throws what a thread threw, or a deadlock.
 void launch(Index3 grid,
             Index3 shape,
             size_t shared_bytes,
             Schedule schedule,
-            const std::function<void()>& body);
+            const std::function<void()>& body,
+            uint32_t cluster = 1);
 
 // The order in which kernels launched through ptx::launch run; whoever tests sets it.
 Schedule& schedule();

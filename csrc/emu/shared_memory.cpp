@@ -51,6 +51,16 @@ uint8_t* SharedMemory::at(size_t offset, size_t bytes) {
   return memory_.data() + place;
 }
 
+SharedMemory::Place SharedMemory::place_of(const void* at, size_t bytes) const {
+  const auto* first = static_cast<const uint8_t*>(at);
+  for (const Array& array : arrays_) {
+    const uint8_t* start = memory_.data() + array.place;
+    if (first < start || first + bytes > start + array.bytes) continue;
+    return {array.offset, array.bytes, size_t(first - start)};
+  }
+  return {0, 0, 0};
+}
+
 void SharedMemory::check() {
   VARSTREAM_UNPOISON(memory_.data(), memory_.size());
   size_t at = 0;

@@ -23,6 +23,13 @@ class SharedMemory {
     return first >= memory_.data() && first + bytes <= memory_.data() + memory_.size();
   }
 
+  // The array that holds these bytes, by the numbers that `at` takes, and where in it they start;
+  // array_bytes 0: none does.
+  struct Place {
+    size_t offset, array_bytes, distance;
+  };
+  Place place_of(const void* at, size_t bytes) const;
+
   // Throws if a guard gap was written.
   void check();
 

@@ -5,6 +5,8 @@
 #pragma once
 
 #include <cstddef>
+#include <stdexcept>
+#include <string>
 
 #include "common/macros.h"
 #include "common/thread.h"
@@ -42,26 +44,62 @@ inline size_t max_shared_bytes() {
 #endif
 }
 
+#if !defined(VARSTREAM_EMULATED)
+
+// Code for an older architecture, compiled again by the driver, would run in a cluster and know
+// nothing of it.
+template <typename Kernel>
+void check_knows_clusters(const char* name) {
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, entry<Kernel>), name);
+  if (attributes.ptxVersion < 90) {
+    throw std::runtime_error(std::string("varstream: ") + name +
+                             ": clusters need code for sm_90; this build has none");
+  }
+}
+
+#endif
+
 // Runs blocks of Kernel::kThreads threads on stream (a cudaStream_t of the current device; ignored
-// when emulated). Throws std::runtime_error where the launch is refused.
+// when emulated), in clusters of `cluster` neighbours, which divides `blocks`. Throws
+// std::runtime_error where the launch is refused.
 template <typename Kernel>
 void launch(const char* name,
             uint32_t blocks,
             size_t shared_bytes,
             const typename Kernel::Params& params,
-            void* stream) {
+            void* stream,
+            uint32_t cluster = 1) {
   if (blocks == 0) return;
 #if defined(VARSTREAM_EMULATED)
   static_cast<void>(name), static_cast<void>(stream);
-  emu::launch({blocks, 1, 1}, {Kernel::kThreads, 1, 1}, shared_bytes, emu::schedule(), [&] {
-    Kernel::run(params);
-  });
+  emu::launch(
+      {blocks, 1, 1},
+      {Kernel::kThreads, 1, 1},
+      shared_bytes,
+      emu::schedule(),
+      [&] { Kernel::run(params); },
+      cluster);
 #else
   if (shared_bytes > kSharedWithoutAsking) {
     check_cuda(cudaFuncSetAttribute(entry<Kernel>,
                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared_bytes)),
                name);
+  }
+  if (cluster > 1) {
+    check_knows_clusters<Kernel>(name);
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    const cudaLaunchConfig_t config{dim3(blocks),
+                                    dim3(Kernel::kThreads),
+                                    shared_bytes,
+                                    static_cast<cudaStream_t>(stream),
+                                    &attribute,
+                                    1};
+    return check_cuda(cudaLaunchKernelEx(&config, entry<Kernel>, params), name);
   }
   entry<Kernel>
       <<<blocks, Kernel::kThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(params);

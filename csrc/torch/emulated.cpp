@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "emu/cluster.h"
 #include "emu/counts.h"
 #include "emu/launch.h"
 #include "torch/checks.h"
@@ -25,6 +26,12 @@ void set_schedule(int64_t order, int64_t seed) {
 void set_shared_limit(int64_t bytes) {
   VARSTREAM_CHECK(bytes > 0, "bytes must be positive, got ", bytes);
   emu::max_shared_bytes() = static_cast<size_t>(bytes);
+}
+
+// Blocks that a cluster of the emulated device may have; 1: none, as before sm_90.
+void set_cluster_limit(int64_t blocks) {
+  VARSTREAM_CHECK(1 <= blocks && blocks <= 8, "blocks must be 1 to 8, got ", blocks);
+  emu::max_cluster_blocks() = static_cast<int>(blocks);
 }
 
 // How often the instruction called name (emu/counts.h) has run since the counts were cleared.
@@ -50,6 +57,7 @@ int64_t read_past_the_end(Tensor x) {
 STABLE_TORCH_LIBRARY_FRAGMENT(varstream_emulated, m) {
   m.def("set_schedule(int order, int seed) -> ()");
   m.def("set_shared_limit(int bytes) -> ()");
+  m.def("set_cluster_limit(int blocks) -> ()");
   m.def("instruction_count(str name) -> int");
   m.def("clear_instruction_counts() -> ()");
   m.def("read_past_the_end(Tensor x) -> int");
@@ -58,6 +66,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(varstream_emulated, m) {
 STABLE_TORCH_LIBRARY_IMPL(varstream_emulated, CompositeExplicitAutograd, m) {
   m.impl("set_schedule", TORCH_BOX(&varstream::set_schedule));
   m.impl("set_shared_limit", TORCH_BOX(&varstream::set_shared_limit));
+  m.impl("set_cluster_limit", TORCH_BOX(&varstream::set_cluster_limit));
   m.impl("instruction_count", TORCH_BOX(&varstream::instruction_count));
   m.impl("clear_instruction_counts", TORCH_BOX(&varstream::clear_instruction_counts));
   m.impl("read_past_the_end", TORCH_BOX(&varstream::read_past_the_end));

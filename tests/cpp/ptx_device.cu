@@ -3,7 +3,9 @@
 #include <cuda_fp16.h>
 
 #include "ptx/barrier.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/global.cuh"
 #include "ptx/launch.cuh"
 #include "ptx/ldmatrix.cuh"
 #include "ptx/math.cuh"
@@ -60,6 +62,46 @@ struct Everything {
     ptx::add_atomic_4(p.to + 4 * tid, d[0], d[1], d[2], d[3]);
   }
 };
+
+// The sum over a cluster of each thread's word, in words of every size.
+struct ClusterSum {
+  struct Params {
+    uint4* words;
+    uint32_t cluster;
+  };
+  struct Pair {
+    float a, b;
+  };
+  static constexpr int kThreads = 128, kMinBlocks = 2;
+
+  static VARSTREAM_DEVICE void run(const Params& p) {
+    auto* shared = ptx::shared_array<Pair>(0, kThreads * sizeof(Pair));
+    const uint32_t tid = vs::thread_index().x, place = vs::block_index().x * kThreads + tid;
+    const uint4 x = ptx::load_global(p.words + place);
+    shared[tid] = {static_cast<float>(x.x ^ x.y), static_cast<float>(x.z ^ x.w)};
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+    float sum = 0;
+    for (uint32_t block = 0; block < p.cluster; ++block) {
+      const Pair pair = ptx::load_peer(shared + tid, block);
+      sum += pair.a * pair.b;
+    }
+    ptx::cluster_arrive();
+    const auto bits = static_cast<uint32_t>(sum);
+    ptx::store_global(p.words + place, uint4{bits, bits, bits, bits});
+    auto* pairs = reinterpret_cast<uint2*>(p.words + place);
+    ptx::store_global(pairs, ptx::load_global(pairs + 1));
+    auto* singles = reinterpret_cast<uint32_t*>(p.words + place);
+    ptx::store_global(singles, ptx::load_global(singles + 1));
+    auto* halves = reinterpret_cast<__half*>(p.words + place);
+    ptx::store_global(halves, ptx::load_global(halves + 1));
+    ptx::cluster_wait();
+  }
+};
+
+void launch_cluster_sum(const ClusterSum::Params& params, void* stream) {
+  ptx::launch<ClusterSum>("cluster sum", 8, 1 << 10, params, stream, ptx::max_cluster_blocks());
+}
 
 // More than 48 KiB: launch asks for it.
 void launch_everything(const Everything::Params& params, void* stream) {
