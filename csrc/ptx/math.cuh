@@ -40,6 +40,17 @@ VARSTREAM_DEVICE float log2_approx(float x) {
 #endif
 }
 
+// a * b, rounded even where an addition follows: never fused with it.
+VARSTREAM_DEVICE float rounded_product(float a, float b) {
+#if defined(VARSTREAM_EMULATED)
+  float y = a * b;
+  asm("" : "+m"(y));  // hides the product from what comes next
+  return y;
+#else
+  return __fmul_rn(a, b);
+#endif
+}
+
 // *at += value, atomically, in global memory; no result.
 VARSTREAM_DEVICE void add_atomic(float* at, float value) {
 #if defined(VARSTREAM_EMULATED)

@@ -16,11 +16,7 @@
 #include "torch/attention_params.h"
 #include "torch/attention_schema.h"
 #include "torch/call_operator.h"
-#if !defined(VARSTREAM_EMULATED)
-#include <torch/csrc/stable/accelerator.h>
-
-#include "torch/cuda_shim.h"
-#endif
+#include "torch/on_device.h"
 
 namespace varstream {
 namespace {
@@ -112,18 +108,6 @@ Tensor backward_kernels(const Tensor& q,
   return dq;
 }
 
-// Runs body(stream) on q's device and its current stream.
-template <typename Body>
-auto on_device(const Tensor& q, const Body& body) {
-#if defined(VARSTREAM_EMULATED)
-  VARSTREAM_CHECK(in_kernels(q), "q must be bfloat16 or float16");
-  return body(nullptr);
-#else
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  return body(shim::current_cuda_stream(q.get_device_index()));
-#endif
-}
-
 // The schema's arguments, once for both operators.
 #define VARSTREAM_BACKWARD_PARAMETERS                                                       \
   Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, MaybeTensor dlse,      \
@@ -154,7 +138,9 @@ auto on_device(const Tensor& q, const Body& body) {
   }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_attention_bwd(VARSTREAM_BACKWARD_PARAMETERS) {
-#if !defined(VARSTREAM_EMULATED)
+#if defined(VARSTREAM_EMULATED)
+  check_in_kernels(q);
+#else
   if (!in_kernels(q)) {
     const auto [dq, dk, dv, dsinks] =
         call_operator<4>("varstream::varlen_attention_bwd_composed", VARSTREAM_BACKWARD_ARGUMENTS);
@@ -181,7 +167,9 @@ Tensor varlen_attention_bwd_accumulate(VARSTREAM_BACKWARD_PARAMETERS,
                                        Tensor dk,
                                        Tensor dv,
                                        MaybeTensor dsinks) {
-#if !defined(VARSTREAM_EMULATED)
+#if defined(VARSTREAM_EMULATED)
+  check_in_kernels(q);
+#else
   if (!in_kernels(q)) {
     return call_operator<1>("varstream::varlen_attention_bwd_accumulate_composed",
                             VARSTREAM_BACKWARD_ARGUMENTS,

@@ -15,11 +15,7 @@
 #include "torch/attention_params.h"
 #include "torch/attention_schema.h"
 #include "torch/call_operator.h"
-#if !defined(VARSTREAM_EMULATED)
-#include <torch/csrc/stable/accelerator.h>
-
-#include "torch/cuda_shim.h"
-#endif
+#include "torch/on_device.h"
 
 namespace varstream {
 namespace {
@@ -82,8 +78,7 @@ std::tuple<Tensor, Tensor> varlen_attention(Tensor q,
                                  dropout_p};
 #if defined(VARSTREAM_EMULATED)
   static_cast<void>(max_seqlen_q), static_cast<void>(deterministic);
-  VARSTREAM_CHECK(in_kernels(q), "q must be bfloat16 or float16");
-  return attention_kernel(q, k, v, options, nullptr);
+  check_in_kernels(q);
 #else
   if (!in_kernels(q)) {
     const auto [out, lse] = call_operator<2>("varstream::varlen_attention_composed",
@@ -107,9 +102,8 @@ std::tuple<Tensor, Tensor> varlen_attention(Tensor q,
                                              deterministic);
     return {out, lse};
   }
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  return attention_kernel(q, k, v, options, shim::current_cuda_stream(q.get_device_index()));
 #endif
+  return on_device(q, [&](void* stream) { return attention_kernel(q, k, v, options, stream); });
 }
 
 }  // namespace

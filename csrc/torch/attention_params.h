@@ -26,6 +26,11 @@ inline bool in_kernels(const torch::stable::Tensor& q) {
   return q.scalar_type() == ScalarType::BFloat16 || q.scalar_type() == ScalarType::Half;
 }
 
+// For the emulated operators, which nothing composed stands in for.
+inline void check_in_kernels(const torch::stable::Tensor& q) {
+  VARSTREAM_CHECK(in_kernels(q), "q must be bfloat16 or float16");
+}
+
 inline attention::Dtype kernel_dtype(const torch::stable::Tensor& q) {
   return q.scalar_type() == torch::headeronly::ScalarType::BFloat16 ? attention::Dtype::kBfloat16
                                                                     : attention::Dtype::kFloat16;

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "torch/attention_schema.h"
+#include "torch/softmax_schema.h"
 
 // The arguments that the head's operators share, in order, and which gradients are wanted.
 #define VARSTREAM_HEAD_ARGS                                                  \
@@ -45,6 +46,9 @@ STABLE_TORCH_LIBRARY(varstream, m) {
       "token_logprobs_bwd(Tensor? dlogp, Tensor? dentropy, Tensor? dlse, Tensor? dclass_sum, "
       "Tensor? entropy, " VARSTREAM_HEAD_ARGS ", Tensor? class_weight, " VARSTREAM_HEAD_NEEDS
       ") -> (Tensor dinput, Tensor dweight, Tensor dbias)");
+
+  // What a chunk of logits yields, and their gradient in place; for the head's drivers.
+  m.def(VARSTREAM_SOFTMAX_ROWS);
 
   // The encoder layer's row-wise parts. Rows are every dimension but the last; a gradient that is
   // not needed comes back empty.
