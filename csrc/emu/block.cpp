@@ -79,7 +79,14 @@ void Block::start(const Launch& launch, uint64_t number, Cluster& cluster) {
 }
 
 void Block::resume() {
-  if (can_go_on()) host_.switch_to(pick());
+  if (!can_go_on()) return;
+  shares_ = launch_.cluster > 1 && launch_.schedule.order != Order::kWarpGreedy;
+  if (shares_ && launch_.schedule.order == Order::kRandom) {
+    // Every other time as far as it goes, so that blocks get ahead of each other.
+    random_ = random_ * 6364136223846793005u + 1;
+    shares_ = random_ >> 63 == 0;
+  }
+  host_.switch_to(pick());
 }
 
 void Block::add_counts() const {
@@ -110,14 +117,13 @@ Fiber& Block::enter(void* argument) {
 // The thread to go on with; the host after an error, when no thread can run or when it is another
 // block's turn.
 VARSTREAM_UNCHECKED Fiber& Block::next() {
-  if (failed_ || ready_.empty() || (launch_.cluster > 1 && turn_is_over())) return host_;
+  if (failed_ || ready_.empty() || (shares_ && turn_is_over())) return host_;
   return pick();
 }
 
 // Random: now and then. Round-robin: once each thread had its turn.
 VARSTREAM_UNCHECKED bool Block::turn_is_over() {
   if (launch_.schedule.order == Order::kRoundRobin) return ready_.next(turn_) <= current_->number;
-  if (launch_.schedule.order == Order::kWarpGreedy) return false;
   random_ = random_ * 6364136223846793005u + 1;
   return random_ >> 59 == 0;
 }

@@ -145,7 +145,8 @@ class Block {
   Thread* threads_[kMaxWarps * kWarpLanes] = {};
   int live_ = 0;
   int finished_ = 0;
-  int turn_ = 0;  // the thread where the search for the next one starts
+  bool shares_ = false;  // leaves some of its turn to the cluster's other blocks
+  int turn_ = 0;         // the thread where the search for the next one starts
   ReadySet ready_;
   Fiber host_;  // whoever launched
   Thread* current_ = nullptr;

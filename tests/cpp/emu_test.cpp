@@ -12,11 +12,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "emu/launch.h"
+#include "emu_check.h"
 #include "ptx/barrier.cuh"
 #include "ptx/cp_async.cuh"
 #include "ptx/ldmatrix.cuh"
@@ -29,11 +29,6 @@ namespace emu = varstream::emu;
 namespace ptx = varstream::ptx;
 
 enum Bug { kNone, kNoBarrier, kNoWait, kWrongOffset, kShortShared, kSkippedBarrier };
-
-int failures = 0;
-void expect(bool holds, const char* what) {
-  if (!holds) std::printf("failed: %s\n", what), ++failures;
-}
 
 // --- a product C (M, 64) = A (M, 64) B (64, 64)^T: 64 rows a block of 4 warps, K in 2 stages -----
 
@@ -233,23 +228,11 @@ void check_poison(emu::Schedule schedule) {
   expect(fresh && early && late, "poisoned shared memory");
 }
 
-std::string message_of(const std::function<void()>& call) {
-  try {
-    call();
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "";
-}
-
 void check_errors(emu::Schedule schedule) {
   auto run = [&](uint32_t threads, const std::function<void()>& body) {
     return message_of([&] { emu::launch({1, 1, 1}, {threads, 1, 1}, 64, schedule, body); });
   };
   auto tid = [] { return int(vs::thread_index().x); };
-  auto has = [](const std::string& text, const char* part) {
-    return text.find(part) != std::string::npos;
-  };
   std::string text = run(64, [&] {
     if (tid() < 32) ptx::sync_block();
   });
@@ -304,13 +287,7 @@ void check_counts(emu::Schedule schedule) {
 }
 
 int main(int count, char** arguments) {
-  const std::string name = count > 1 ? arguments[1] : "warp-greedy";
-  emu::Schedule schedule;
-  if (name == "round-robin") {
-    schedule.order = emu::Order::kRoundRobin;
-  } else if (name != "warp-greedy") {
-    schedule = {emu::Order::kRandom, std::strtoull(name.c_str(), nullptr, 10)};
-  }
+  const emu::Schedule schedule = schedule_named(count > 1 ? arguments[1] : "warp-greedy");
   if (count > 2) {
     double error = INFINITY;
     const std::string text =

@@ -51,6 +51,7 @@ struct Everything {
     if (ptx::any(x > 1) && !ptx::all(x > 2)) x += static_cast<float>(votes);
     ptx::sync_warp();
     x = ptx::exp2_approx(x) + ptx::log2_approx(x) + ptx::reciprocal_approx(x);
+    x = ptx::rounded_product(x, x) + x;
     if (tid < 64) {
       ptx::barrier_arrive(1, kThreads);
     } else {
