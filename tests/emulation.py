@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varstream.ops import attention
+from varstream.ops import _linear_cross_entropy, _token_logprobs, attention, linear_distillation
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZE = "VARSTREAM_EMULATED_SANITIZE"  # "1": the library built with sanitizers
@@ -114,6 +114,17 @@ def choose_schedule(name: str | None = None) -> None:
     load().set_schedule(order, seed)
 
 
+# Drivers that CUDA tensors go through, and the row kernels they call.
+DRIVERS = {
+    "linear_cross_entropy": _linear_cross_entropy.driver,
+    "token_logprobs": _token_logprobs.driver,
+    "token_logprobs_bwd": _token_logprobs.bwd_driver,
+    "token_logprobs_bwd_accumulate": _token_logprobs.accumulate_driver,
+    "linear_distillation": linear_distillation.driver,
+}
+ROW_KERNELS = ("softmax_rows_", "distillation_rows_")
+
+
 def _emulated(name: str, composed: Callable[..., Any]) -> Callable[..., Any]:
     """The operator's emulated kernel for bfloat16 and float16, else its composed one."""
 
@@ -134,7 +145,7 @@ KERNELS = {
 @contextmanager
 def emulated(schedule: str | None = None) -> Iterator[Any]:
     """varlen_attention and its backward, of bfloat16 and float16 CPU tensors, run the emulated
-    kernels inside.
+    kernels inside; so does the head, of these and of float32, through the drivers that serve CUDA.
 
     Other dtypes stay with the composed kernels. Yields the library's operators.
     """
@@ -146,6 +157,10 @@ def emulated(schedule: str | None = None) -> Iterator[Any]:
             warnings.filterwarnings("ignore", message="(?s)Warning only once.*Overriding")
             for name, composed in KERNELS.items():
                 library.impl(name, _emulated(name, composed), "CPU", allow_override=True)
+            for name in ROW_KERNELS:
+                library.impl(name, getattr(operators, name), "CPU")
+            for name, driver in DRIVERS.items():
+                library.impl(name, driver, "CPU", allow_override=True)
         yield operators
     finally:
         library._destroy()

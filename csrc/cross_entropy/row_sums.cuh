@@ -94,10 +94,4 @@ struct RowSums<true> {
   }
 };
 
-template <bool Modified>
-VARSTREAM_DEVICE void join_warp(RowSums<Modified>& sums) {
-  VARSTREAM_UNROLL
-  for (int distance = 16; distance > 0; distance /= 2) sums.join_lane(distance);
-}
-
 }  // namespace varstream::cross_entropy

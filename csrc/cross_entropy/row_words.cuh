@@ -65,13 +65,13 @@ struct RowWords {
     return slots[(kept ? i : i % kRingSlots) * kRowThreads + thread];
   }
 
-  VARSTREAM_DEVICE void fetch(int32_t step) const {
+  // Starts the copies of a step.
+  VARSTREAM_DEVICE void copy(int32_t step) const {
     VARSTREAM_UNROLL
     for (int u = 0; u < kStepWords; ++u) {
       const int32_t i = step * kStepWords + u, at = word_at(i);
       if (at < end) ptx::cp_async_16(&slot(i), row + at, true);
     }
-    ptx::cp_async_commit();
   }
 
   // Calls visit(i) for each step's first word i, in order, when the step's words are in their
@@ -80,9 +80,9 @@ struct RowWords {
   VARSTREAM_DEVICE void stream(Visit visit) const {
     const int32_t count = steps();
     VARSTREAM_UNROLL
-    for (int step = 0; step < kStages - 1; ++step) fetch(step);
+    for (int step = 0; step < kStages - 1; ++step) copy(step), ptx::cp_async_commit();
     for (int32_t step = 0; step < count; ++step) {
-      fetch(step + kStages - 1);
+      copy(step + kStages - 1), ptx::cp_async_commit();
       ptx::cp_async_wait<kStages - 1>();
       visit(step * kStepWords);
     }

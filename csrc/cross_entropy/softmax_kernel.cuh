@@ -17,6 +17,8 @@
 #include "common/macros.h"
 #include "common/thread.h"
 #include "common/vec.cuh"
+#include "cross_entropy/logit.cuh"
+#include "cross_entropy/row_join.cuh"
 #include "cross_entropy/row_sums.cuh"
 #include "cross_entropy/row_words.cuh"
 #include "cross_entropy/softmax_params.h"
@@ -29,31 +31,10 @@
 
 namespace varstream::cross_entropy {
 
-struct Logit {
-  float z;
-  float slope;  // dz/da
-};
-
-// The logit is rounded before its distance to the top is taken, so that the top's own is 0 however
-// large a row's common offset.
-template <bool Modified>
-VARSTREAM_DEVICE Logit logit_of(float value, int32_t column, const LogitMap& map) {
-  if constexpr (Modified) {
-    if (map.bias != nullptr) value += map.bias[column];
-    if (map.cap_scale != 0.0f) {
-      const float u = tanhf(value * map.scale);
-      return {ptx::rounded_product(map.cap_scale, u), map.slope * (1.0f - u * u)};
-    }
-  }
-  return {ptx::rounded_product(value, map.scale), map.slope};
-}
-
 // Shared memory of a block: partial sums of the warps, the row's, the targets' values, the slots.
 template <bool Modified>
 struct SoftmaxShared {
-  static constexpr int kWarps = kRowThreads / ptx::kWarpLanes;
-  static constexpr size_t kSumsBytes = (kWarps + 1) * sizeof(RowSums<Modified>);
-  static constexpr size_t kTargetsAt = (kSumsBytes + 15) / 16 * 16;
+  static constexpr size_t kTargetsAt = kJoinBytes<RowSums<Modified>>;
   static VARSTREAM_HOST_DEVICE size_t slots_at(int32_t targets) {
     return kTargetsAt + (targets * sizeof(float) + 15) / 16 * 16;
   }
@@ -165,7 +146,7 @@ struct Softmax {
       const int64_t t = p.target[row * p.targets + k];
       target_values[k] = t >= 0 && t < p.classes ? static_cast<float>(values[t]) : 0.0f;
     }
-    return join_all(p, share.thread, sums);
+    return join_cluster(sums, share.thread, p.residency.cluster);
   }
 
   static VARSTREAM_DEVICE void add_word(const Params& p,
@@ -204,32 +185,6 @@ struct Softmax {
     const float w = p.class_weight == nullptr ? 1.0f : p.class_weight[column];
     if (w != 0.0f) sums.gap -= w * below;  // a class with logit -inf and weight 0 adds nothing
     sums.weight += w;
-  }
-
-  static VARSTREAM_DEVICE Sums join_all(const Params& p, int32_t thread, Sums sums) {
-    auto* shared = ptx::shared_array<Sums>(0, Shared::kSumsBytes);
-    const int32_t warp = thread / ptx::kWarpLanes, lane = thread % ptx::kWarpLanes;
-    join_warp(sums);
-    if (lane == 0) shared[warp] = sums;
-    if (p.residency.cluster > 1) {
-      ptx::cluster_arrive(), ptx::cluster_wait();
-    } else {
-      ptx::sync_block();
-    }
-    if (warp == 0) {
-      Sums all;
-      const auto partials = static_cast<int32_t>(p.residency.cluster) * Shared::kWarps;
-      for (int32_t i = lane; i < partials; i += ptx::kWarpLanes) {
-        const Sums* own = shared + i % Shared::kWarps;
-        all.join(p.residency.cluster > 1
-                     ? ptx::load_peer(own, static_cast<uint32_t>(i / Shared::kWarps))
-                     : *own);
-      }
-      join_warp(all);
-      if (lane == 0) shared[Shared::kWarps] = all;
-    }
-    ptx::sync_block();
-    return shared[Shared::kWarps];
   }
 
   static VARSTREAM_DEVICE Row finish(const Params& p, int64_t row, const Sums& sums) {

@@ -6,12 +6,15 @@
 #include <torch/csrc/stable/library.h>
 
 #include "torch/attention_schema.h"
-#include "torch/softmax_schema.h"
+#include "torch/head_rows_schema.h"
 
 // The arguments that the head's operators share, in order, and which gradients are wanted.
 #define VARSTREAM_HEAD_ARGS                                                  \
   "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, " \
-  "int ignore_index, float logit_scale, float softcap, float temperature, SymInt chunk_size"
+  "int ignore_index, float logit_scale, float softcap, float temperature, "  \
+  "SymInt chunk_size, SymInt? max_rows, ScalarType? logits_dtype"
+#define VARSTREAM_HEAD_UPSTREAM \
+  "Tensor? dlogp, Tensor? dentropy, Tensor? dlse, Tensor? dclass_sum, Tensor? entropy, "
 #define VARSTREAM_HEAD_NEEDS "bool need_input_grad, bool need_weight_grad, bool need_bias_grad"
 
 STABLE_TORCH_LIBRARY(varstream, m) {
@@ -42,13 +45,17 @@ STABLE_TORCH_LIBRARY(varstream, m) {
         ", Tensor? class_weight, bool return_entropy, bool return_class_sum, bool return_argmax, "
         "bool return_log_sum_sq) -> (Tensor logp, Tensor entropy, Tensor lse, Tensor class_sum, "
         "Tensor log_sum_sq, Tensor argmax)");
-  m.def(
-      "token_logprobs_bwd(Tensor? dlogp, Tensor? dentropy, Tensor? dlse, Tensor? dclass_sum, "
-      "Tensor? entropy, " VARSTREAM_HEAD_ARGS ", Tensor? class_weight, " VARSTREAM_HEAD_NEEDS
-      ") -> (Tensor dinput, Tensor dweight, Tensor dbias)");
+  m.def("token_logprobs_bwd(" VARSTREAM_HEAD_UPSTREAM VARSTREAM_HEAD_ARGS
+        ", Tensor? class_weight, " VARSTREAM_HEAD_NEEDS
+        ") -> (Tensor dinput, Tensor dweight, Tensor dbias)");
+  // The same with the weight's gradient added to a buffer of the caller's.
+  m.def("token_logprobs_bwd_accumulate(" VARSTREAM_HEAD_UPSTREAM VARSTREAM_HEAD_ARGS
+        ", Tensor? class_weight, bool need_input_grad, bool need_bias_grad, "
+        "Tensor(a!) weight_grad) -> (Tensor dinput, Tensor dbias)");
 
   // What a chunk of logits yields, and their gradient in place; for the head's drivers.
   m.def(VARSTREAM_SOFTMAX_ROWS);
+  m.def(VARSTREAM_DISTILLATION_ROWS);
 
   // The encoder layer's row-wise parts. Rows are every dimension but the last; a gradient that is
   // not needed comes back empty.

@@ -66,15 +66,20 @@ def cpu_kernel(name: str) -> Callable[[Fn], Fn]:
     return register
 
 
-def composed_kernel(name: str) -> Callable[[Fn], Fn]:
+def composed_kernel(
+    name: str, driver: Callable[..., Any] | None = None, on: str = ""
+) -> Callable[[Fn], Fn]:
     """Register the decorated function for CPU tensors and, where none is compiled, CUDA tensors.
 
-    For kernels composed from ATen calls that run on any device.
+    For kernels composed from ATen calls that run on any device. ``driver`` takes its place for CUDA
+    tensors where the operator ``on``, which it calls, has a compiled kernel.
     """
 
     def register(fn: Fn) -> Fn:
         _library.impl(name, fn, "CPU")
-        if not _has_kernel(name, "CUDA"):
+        if driver is not None and _has_kernel(on, "CUDA"):
+            _library.impl(name, driver, "CUDA")
+        elif not _has_kernel(name, "CUDA"):
             _library.impl(name, fn, "CUDA")
             composed_on_cuda.add(name)
         return fn

@@ -10,6 +10,8 @@ from torch import Tensor
 from varstream._checks import (
     FLOATING,
     INTEGERS,
+    acc_dtype,
+    check_bool,
     check_float,
     check_int,
     check_positive,
@@ -18,7 +20,8 @@ from varstream._checks import (
     op_errors,
 )
 from varstream.ops._autocast import cast_for_autocast
-from varstream.reference.head import Head
+from varstream.reference.head import Chunking, Head
+from varstream.reference.head_rows import check_targets
 
 REDUCTIONS = ("mean", "sum", "none")
 AUTO_CHUNK = 0  # the op's word for "choose the chunk size"
@@ -36,6 +39,12 @@ class HeadCall(NamedTuple):
     softcap: float
     temperature: float
     chunk_size: int
+    max_rows: int | None = None
+    logits_dtype: torch.dtype | None = None
+
+    def chunking(self) -> Chunking:
+        """How the kernels walk the rows."""
+        return Chunking(self.chunk_size, self.max_rows, self.logits_dtype)
 
     def head(self) -> Head:
         """The projection as the reference kernels take it."""
@@ -55,6 +64,9 @@ def check_head(
     softcap: Any,
     temperature: Any,
     chunk_size: Any,
+    max_rows: Any = None,
+    logits_dtype: Any = None,
+    validate: Any = False,
 ) -> HeadCall:
     """Check what both operators take; autocast applies as to a linear layer."""
     check_tensor("input", input, ndim=2, dtypes=FLOATING, layout="(N, d)")
@@ -71,6 +83,9 @@ def check_head(
     check_same_dtype(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
     _check_target(target, rows, device)
     ignore_index = _check_ignore_index(ignore_index, target.dtype)
+    check_bool("validate", validate)
+    if validate:
+        check_targets(target, ignore_index, classes)
     return HeadCall(
         input,
         linear_weight,
@@ -81,7 +96,29 @@ def check_head(
         check_float("softcap", softcap, low=0.0),
         check_positive("temperature", temperature),
         AUTO_CHUNK if chunk_size is None else check_int("chunk_size", chunk_size, low=1),
+        None if max_rows is None else check_int("max_rows", max_rows, low=0),
+        _check_logits_dtype(logits_dtype, input.dtype),
     )
+
+
+def check_weight_grad(value: Any, weight: Tensor) -> None:
+    """A buffer that the weight's gradient is added to: (V, d), accumulation or weight dtype."""
+    dtypes = (acc_dtype(weight.dtype), weight.dtype)
+    check_tensor("weight_grad", value, shape=weight.shape, dtypes=dtypes, device=weight.device)
+    if not value.is_contiguous():
+        raise ValueError(f"weight_grad must be contiguous (V, d), got strides {value.stride()}")
+    if value.requires_grad:
+        raise ValueError("weight_grad must not require gradients, got requires_grad=True")
+
+
+def _check_logits_dtype(value: Any, dtype: torch.dtype) -> torch.dtype | None:
+    """The accumulation dtype, which is also the default, or the inputs' own."""
+    if value not in (None, acc_dtype(dtype), dtype):
+        raise ValueError(
+            f"logits_dtype must be None, {acc_dtype(dtype)} or the dtype of input ({dtype}), "
+            f"got {value!r}"
+        )
+    return None if value == acc_dtype(dtype) else value
 
 
 def _check_target(target: Any, rows: int, device: torch.device) -> None:
@@ -137,7 +174,7 @@ def direct_call(name: str, *args: Any, **constants: tuple[Tensor | None, Any]) -
     ``args`` are HeadCall's; ``constants`` are further tensors with the shapes they must have.
     """
     call = HeadCall(*args)
-    given = call._asdict()
+    given: dict[str, Any] = call._asdict()
     chunk = given.pop("chunk_size")
     with op_errors(name):
         check_head(**given, chunk_size=None if chunk == AUTO_CHUNK else chunk)

@@ -6,6 +6,7 @@ multiplies them by the upstream scalar, which carries the normaliser and any los
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from varstream import _load
 from varstream._checks import acc_dtype
+from varstream.cross_entropy import loss
 from varstream.ops._head import HeadCall, OnceOnly, direct_call, may_overwrite
 from varstream.ops._token_logprobs import HEAD_ARGS, gradient_fakes
 from varstream.reference import cross_entropy as reference
@@ -30,8 +32,7 @@ def loss_sum(call: HeadCall, scales: Scales, metrics: bool) -> Loss:
     return Loss(*torch.ops.varstream.linear_cross_entropy(*call, *scales, metrics, *needs))
 
 
-@_load.composed_kernel(NAME)
-def _kernel(*args: Any) -> tuple[Tensor, ...]:
+def _run(kernel: Callable[..., Loss], *args: Any) -> Loss:
     scales = Scales(*args[_SCALES])
     metrics, *needs = args[_SCALES.stop :]
     x, weight, _, target, *_ = args
@@ -43,16 +44,21 @@ def _kernel(*args: Any) -> tuple[Tensor, ...]:
         smooth_scale=(scales.smooth, x.shape[:1]),
         lse_sq_scale=(scales.lse_sq, ()),
     )
-    return reference.linear_cross_entropy(
-        x,
-        call.head(),
-        target,
-        call.ignore_index,
-        call.chunk_size,
-        scales,
-        metrics,
-        tuple(needs),
-    )
+    head = call.head()
+    wanted = tuple(needs)
+    return kernel(x, head, target, call.ignore_index, call.chunking(), scales, metrics, wanted)
+
+
+def driver(*args: Any) -> Loss:
+    """The op over the row kernels, which take everything but float64."""
+    wide = args[0].dtype == torch.float64
+    return _run(reference.linear_cross_entropy if wide else loss.linear_cross_entropy, *args)
+
+
+@_load.composed_kernel(NAME, driver, on="softmax_rows_")
+def composed(*args: Any) -> Loss:
+    """The op composed from ATen calls."""
+    return _run(reference.linear_cross_entropy, *args)
 
 
 @_load.fake_kernel(NAME)

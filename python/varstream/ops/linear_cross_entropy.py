@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
 from varstream._checks import check_bool, check_float
@@ -14,6 +15,7 @@ from varstream.ops._head import check_constant, check_head, check_reduction
 from varstream.ops._head_options import chunk_size_from_options
 from varstream.ops._linear_cross_entropy import loss_sum
 from varstream.ops._token_logprobs import row_values
+from varstream.ops._weight_grad import accumulating_sum, accumulating_values
 
 
 @overload
@@ -35,6 +37,10 @@ def linear_cross_entropy(
     normalizer: int | float | Tensor | None = ...,
     options: Any = ...,
     chunk_size: int | None = ...,
+    max_rows: int | None = ...,
+    logits_dtype: torch.dtype | None = ...,
+    weight_grad: Tensor | None = ...,
+    validate: bool = ...,
     return_metrics: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -58,6 +64,10 @@ def linear_cross_entropy(
     normalizer: int | float | Tensor | None = ...,
     options: Any = ...,
     chunk_size: int | None = ...,
+    max_rows: int | None = ...,
+    logits_dtype: torch.dtype | None = ...,
+    weight_grad: Tensor | None = ...,
+    validate: bool = ...,
     return_metrics: Literal[True],
 ) -> tuple[Tensor, CrossEntropyMetrics]: ...
 
@@ -80,6 +90,10 @@ def linear_cross_entropy(
     normalizer: int | float | Tensor | None = None,
     options: Any = None,
     chunk_size: int | None = None,
+    max_rows: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    weight_grad: Tensor | None = None,
+    validate: bool = False,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
     """Cross-entropy of a linear layer's output, computed in chunks of rows: no ``(N, V)`` tensor.
@@ -117,9 +131,21 @@ def linear_cross_entropy(
         options: a ``torch.nn.LinearCrossEntropyOptions``: ``batch_chunk_size`` is the chunk size,
             ``allow_retain_graph`` is always so; ``acc_policy`` other than "auto" or "accurate", an
             ``acc_dtype`` other than the accumulation dtype and a ``chunking_method`` are refused.
-        chunk_size: rows per chunk. ``None``: 512 on the CPU, 2048 on a GPU, fewer (down to 64)
-            where a chunk's logits would pass 256 MiB or 1 GiB. The result doesn't depend on it
-            beyond rounding.
+        chunk_size: rows per chunk. ``None``: on the CPU 512, fewer (down to 64) where a chunk's
+            logits would pass 256 MiB; on a GPU what ``varstream.cross_entropy.chunk_rule`` finds
+            best, at most 4096 rows and 1 GiB. The result doesn't depend on it beyond rounding.
+        max_rows: the caller's bound on the rows with a valid target. A GPU then walks that many
+            rows and copies nothing to the host; without it the walk ends with the last of them,
+            whose number is looked at while the first chunk is at work. Where more rows have one,
+            the loss is NaN on a GPU and an error on the CPU.
+        logits_dtype: how the CUDA kernels store a chunk's logits: float32, the default, or the
+            dtype of ``input``, which halves the chunk and rounds each logit as a plain head does.
+        weight_grad: a ``(V, d)`` buffer, float32 (float64) or in the dtype of ``linear_weight``,
+            that the backward adds the weight's gradient to, such as its ``.grad`` or
+            ``main_grad``. Autograd then gives the weight none and no other ``(V, d)`` tensor is
+            made; the backward forms the logits again.
+        validate: check the targets on a GPU too (a device-to-host copy). Unchecked, a target
+            outside ``[0, V)`` makes its loss NaN.
         return_metrics: return ``(loss, CrossEntropyMetrics)``.
 
     Returns:
@@ -136,14 +162,14 @@ def linear_cross_entropy(
         ValueError: a wrong shape, dtype, device, mixed dtypes, class probabilities as target, a
             target outside ``[0, V)`` (checked on the CPU always), class or token weights that
             require gradients, an ``ignore_index`` that the dtype of ``target`` can't hold, an
-            option that isn't honoured, or a ``normalizer`` without
-            ``reduction="mean"``.
+            option that isn't honoured, a ``logits_dtype`` that the kernels at work don't store,
+            or a ``normalizer`` without ``reduction="mean"``.
 
     Cost: ``"mean"`` and ``"sum"`` form the gradient in the forward pass, three matrix products as
     in a plain head; ``"none"`` recomputes the logits in the backward, four. A frozen weight or
-    input saves its product. Class weights, token weights, smoothing, z-loss and several targets
-    take no pass over the logits; a softcap takes some over blocks of rows that stay in the cache,
-    with smoothing two more.
+    input saves its product. On the CPU class weights, token weights, smoothing, z-loss and several
+    targets take no pass over the logits; a softcap takes some over blocks of rows that stay in the
+    cache, with smoothing two more. On a GPU one kernel a chunk does all of it.
 
     Source: class weights and smoothing as ``torch.nn.functional.cross_entropy``; the z term of
     PaLM (Chowdhery et al., 2022).
@@ -159,6 +185,9 @@ def linear_cross_entropy(
         softcap=softcap,
         temperature=temperature,
         chunk_size=chunk_size,
+        max_rows=max_rows,
+        logits_dtype=logits_dtype,
+        validate=validate,
     )
     chunk_size = chunk_size_from_options(options, chunk_size, call.input.dtype)
     if chunk_size is not None:
@@ -171,8 +200,14 @@ def linear_cross_entropy(
         check_float("label_smoothing", label_smoothing, low=0.0, high=1.0),
         check_float("z_loss", z_loss, low=0.0),
     )
+    driver = Driver(partial(loss_sum, call), partial(row_values, call))
+    if weight_grad is not None:
+        driver = Driver(
+            partial(accumulating_sum, weight_grad, call),
+            partial(accumulating_values, weight_grad, call),
+        )
     loss, metrics = reduce_loss(
-        Driver(partial(loss_sum, call), partial(row_values, call)),
+        driver,
         target,
         terms,
         reduction,

@@ -7,6 +7,7 @@ operator again with the upstream gradient as weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from varstream._checks import (
     check_tensor,
     op_errors,
 )
+from varstream.cross_entropy import distillation as kernels
 from varstream.ops._autocast import cast_for_autocast
 from varstream.ops._head import AUTO_CHUNK, OnceOnly, may_overwrite
 from varstream.ops._token_logprobs import gradient_fakes
@@ -135,11 +137,10 @@ def divergences(call: DistillationCall, summed: bool) -> tuple[Tensor, Tensor, T
 # --- kernel and fake ------------------------------------------------------------------------------
 
 
-@_load.composed_kernel(NAME)
-def _kernel(*args: Any) -> tuple[Tensor, ...]:
+def _run(kernel: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
     with op_errors(NAME):
         call = check_distillation(DistillationCall(*args[:15]))
-    return reference.linear_distillation(
+    return kernel(
         call.input,
         call.student(),
         call.teacher_input,
@@ -150,6 +151,18 @@ def _kernel(*args: Any) -> tuple[Tensor, ...]:
         call.chunk_size,
         args[15:],
     )
+
+
+def driver(*args: Any) -> tuple[Tensor, ...]:
+    """The op over the row kernels, which take everything but float64."""
+    wide = args[0].dtype == torch.float64
+    return _run(reference.linear_distillation if wide else kernels.linear_distillation, *args)
+
+
+@_load.composed_kernel(NAME, driver, on="distillation_rows_")
+def composed(*args: Any) -> tuple[Tensor, ...]:
+    """The op composed from ATen calls."""
+    return _run(reference.linear_distillation, *args)
 
 
 @_load.fake_kernel(NAME)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from varstream._checks import check_bool
 from varstream.ops._head import check_head
 from varstream.ops._token_logprobs import row_values
+from varstream.ops._weight_grad import accumulating_values
 from varstream.reference.token_logprobs import Wanted
 
 
@@ -39,6 +42,10 @@ def token_logprobs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     chunk_size: int | None = None,
+    max_rows: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    weight_grad: Tensor | None = None,
+    validate: bool = False,
     return_entropy: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor] | TokenStats:
@@ -57,7 +64,8 @@ def token_logprobs(
         temperature: divisor of the logits, above 0.
         ignore_index: targets of this value have log-probability 0; a row without another target
             is never read and its results and gradients are 0.
-        chunk_size: rows per chunk, by default as in ``linear_cross_entropy``.
+        chunk_size: rows per chunk, by default as in ``linear_cross_entropy``; so are ``max_rows``,
+            ``logits_dtype``, ``weight_grad`` and ``validate``.
         return_entropy: also return the entropy of p.
         return_stats: return everything in ``TokenStats``.
 
@@ -92,11 +100,17 @@ def token_logprobs(
         softcap=softcap,
         temperature=temperature,
         chunk_size=chunk_size,
+        max_rows=max_rows,
+        logits_dtype=logits_dtype,
+        validate=validate,
     )
+    values_of = partial(row_values, call)
+    if weight_grad is not None:
+        values_of = partial(accumulating_values, weight_grad, call)
     if not return_stats:
-        values = row_values(call, None, Wanted(entropy=return_entropy))
+        values = values_of(None, Wanted(entropy=return_entropy))
         return (values.logp, values.entropy) if return_entropy else values.logp
-    values = row_values(call, None, Wanted(True, True, True, True))
+    values = values_of(None, Wanted(True, True, True, True))
     row_argmax = values.argmax if target.dim() == 1 else values.argmax[:, None]
     mean_logp = values.class_sum.detach() / linear_weight.shape[0]
     return TokenStats(

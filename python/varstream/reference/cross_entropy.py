@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from varstream.reference.head import (
+    Chunking,
     ClassSums,
     Head,
     auto_chunk_size,
@@ -79,7 +80,7 @@ def linear_cross_entropy(
     head: Head,
     target: Tensor,
     ignore_index: int,
-    chunk_size: int,
+    chunking: Chunking,
     scales: Scales,
     metrics: bool,
     needs: tuple[bool, bool, bool],
@@ -91,7 +92,7 @@ def linear_cross_entropy(
         head: the projection, weight (V, d).
         target: (N,) or (N, K), int64 or int32.
         ignore_index: target value that takes no part; rows of nothing else are never read.
-        chunk_size: rows of a chunk, 0 for the automatic rule.
+        chunking: rows of a chunk and a bound on those that take part.
         scales: factors of the terms. Without metrics, rows that they leave nothing of are skipped.
         metrics: whether ``logp`` and ``argmax`` are wanted.
         needs: which of the gradients of ``x``, weight and bias are wanted; the others are empty.
@@ -104,9 +105,10 @@ def linear_cross_entropy(
         nll = only(given, valid, head.acc)
     if scales.smooth is not None:
         smooth = only(scales.smooth, valid.any(1), head.acc)
-    rows = select_rows(_live(valid, nll, smooth, keep=metrics or scales.lse_sq is not None))
+    rows = select_rows(live_rows(valid, nll, smooth, keep=metrics or scales.lse_sq is not None))
+    chunking.check_composed(head, rows.count)
     sums = None if smooth is None else ClassSums(head, scales.class_weight)
-    size = chunk_rows(chunk_size, head)
+    size = chunk_rows(chunking.chunk_size, head)
     grads = Gradients(x, head, rows, needs, sums)
     buffer = chunk_buffer(head, rows, size)
     loop = _Loop(head, buffer, scales.lse_sq, sums, any(needs), metrics)
@@ -131,7 +133,7 @@ def linear_cross_entropy(
     return Loss(loop.loss, *grads.result(), loop.lse_sq, logp, argmax)
 
 
-def _live(valid: Tensor, nll: Tensor | None, smooth: Tensor | None, keep: bool) -> Tensor:
+def live_rows(valid: Tensor, nll: Tensor | None, smooth: Tensor | None, keep: bool) -> Tensor:
     """Rows (N,) that take part: with a valid target and, unless ``keep``, some factor not 0."""
     if keep or nll is None:
         return valid.any(1)

@@ -42,6 +42,26 @@ def auto_chunk_size(classes: int, itemsize: int, device: str = "cpu") -> int:
     return max(MIN_CHUNK_ROWS, min(rows, limit // max(1, classes * itemsize)))
 
 
+class Chunking(NamedTuple):
+    """How a call walks its rows."""
+
+    chunk_size: int  # rows of a chunk, 0 for the automatic rule
+    max_rows: int | None = None  # the caller's bound on the rows that take part
+    logits_dtype: torch.dtype | None = None  # None: the accumulation dtype
+
+    def check_composed(self, head: Head, rows: int) -> None:
+        """Refuse what composed kernels can't do, and a bound that ``rows`` passes."""
+        if self.logits_dtype not in (None, head.acc):
+            raise ValueError(
+                f"logits_dtype must be None or {head.acc} here: only the CUDA kernels of bfloat16, "
+                f"float16 and float32 store other logits, got {self.logits_dtype}"
+            )
+        if self.max_rows is not None and rows > self.max_rows:
+            raise ValueError(
+                f"max_rows must bound the rows that take part, {rows} of them, got {self.max_rows}"
+            )
+
+
 @dataclass(frozen=True)
 class Head:
     """The projection and what follows it: ``softcap(logit_scale * (x W^T + b)) / temperature``."""

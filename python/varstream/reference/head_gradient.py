@@ -128,6 +128,7 @@ class Gradients:
         rows: Rows,
         needs: tuple[bool, bool, bool],
         sums: ClassSums | None = None,
+        weight_grad: Tensor | None = None,
     ) -> None:
         self.need_input, self.need_weight, self.need_bias = needs
         self.head = head
@@ -137,7 +138,9 @@ class Gradients:
         make = x.new_empty if dense else x.new_zeros
         self.input = make((x.shape[0], width) if self.need_input else (0,))
         make = x.new_zeros if rows.count == 0 else x.new_empty
-        self.weight = make(head.weight.shape if self.need_weight else (0,), dtype=head.acc)
+        shape = head.weight.shape if self.need_weight else (0,)
+        self.given = weight_grad is not None  # added to, never overwritten
+        self.weight = make(shape, dtype=head.acc) if weight_grad is None else weight_grad
         self.bias = make(head.weight.shape[:1] if self.need_bias else (0,), dtype=head.acc)
         # The rank-one term: sum_c w_c W_c (d,), and the sums over rows of s x (d,) and of s ().
         self.sums = sums if head.softcap == 0 else None
@@ -164,13 +167,22 @@ class Gradients:
             self._input_rows(rows, x, g, factor, smooth)
         if self.need_weight:
             narrow = x if factor is None else x * factor[:, None]
-            self.weight.addmm_(g.t(), narrow, beta=beta, alpha=scale)
+            self._add_weight(g, narrow, 1 if self.given else beta, scale)
         if self.need_bias:
             ones = g.new_ones(g.shape[0]) if factor is None else factor
             self.bias.addmv_(g.t(), ones, beta=beta, alpha=scale)
         if smooth is not None:
             self.moment.addmv_(x.t(), smooth)  # in place: autocast would round a plain product
             self.mass += smooth.sum()
+
+    def _add_weight(self, g: Tensor, x: Tensor, beta: int, scale: float) -> None:
+        """``weight = beta weight + scale g^T x``, a low-precision one rounded once a chunk."""
+        if self.weight.dtype == g.dtype:
+            self.weight.addmm_(g.t(), x, beta=beta, alpha=scale)
+            return
+        for start, stop, block in self.head.weight_blocks(True):
+            part = torch.mm(g[:, start:stop].t(), x, out=torch.empty_like(block))
+            self.weight[start:stop].add_(part, alpha=scale)
 
     def _input_rows(
         self,
@@ -197,7 +209,7 @@ class Gradients:
             if weight is None:
                 weight = self.columns.new_ones(()).expand(self.head.weight.shape[0])
             if self.need_weight:
-                self.weight.addr_(weight, self.moment, alpha=-scale)
+                self._add_weight(weight[None], self.moment[None], 1, -scale)
             if self.need_bias:
                 self.bias.addcmul_(weight, self.mass, value=-scale)
         return self.input, self.weight, self.bias

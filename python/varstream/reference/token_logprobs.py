@@ -13,6 +13,7 @@ from torch import Tensor
 
 from varstream.reference.cross_entropy import chunk_buffer, chunk_rows
 from varstream.reference.head import (
+    Chunking,
     ClassSums,
     Head,
     Softmax,
@@ -71,15 +72,16 @@ def token_logprobs(
     head: Head,
     target: Tensor,
     ignore_index: int,
-    chunk_size: int,
+    chunking: Chunking,
     class_weight: Tensor | None,
     want: Wanted,
 ) -> RowValues:
     """Values of each row; arguments as in ``linear_cross_entropy``, ``class_weight`` (V,) is w."""
     valid = columns(check_targets(target, ignore_index, head.weight.shape[0]))
     rows = select_rows(valid.any(1))
+    chunking.check_composed(head, rows.count)
     sums = ClassSums(head, class_weight) if want.class_sum else None
-    size = chunk_rows(chunk_size, head)
+    size = chunk_rows(chunking.chunk_size, head)
     buffer = chunk_buffer(head, rows, size)
     logp = buffer.new_zeros(valid.shape)
     lse = buffer.new_zeros(rows.total)
@@ -138,24 +140,27 @@ def token_logprobs_bwd(
     target: Tensor,
     entropy: Tensor | None,
     ignore_index: int,
-    chunk_size: int,
+    chunking: Chunking,
     class_weight: Tensor | None,
     needs: tuple[bool, bool, bool],
+    weight_grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the sum of each upstream gradient times its value.
 
     ``entropy`` (N,) is the forward's, needed with an upstream gradient of it; the rest is as in
     ``linear_cross_entropy``. The probabilities come from the rebuilt logits alone: an LSE rounded
     at the logits' own magnitude would not do where they carry a large common offset. Rows whose
-    upstream gradients are all 0 are skipped like ignored ones.
+    upstream gradients are all 0 are skipped like ignored ones. The weight's gradient is added to
+    ``weight_grad`` where that is given.
     """
     valid = columns(check_targets(target, ignore_index, head.weight.shape[0]))
     taken = valid.any(1)
-    up, live = _of_losses(upstream, valid, taken, entropy, head.acc)
+    up, live = of_losses(upstream, valid, taken, entropy, head.acc)
     rows = select_rows(live)
+    chunking.check_composed(head, rows.count)
     sums = None if up.smooth is None else ClassSums(head, class_weight)
-    grads = Gradients(x, head, rows, needs, sums)
-    size = chunk_rows(chunk_size, head)
+    grads = Gradients(x, head, rows, needs, sums, weight_grad)
+    size = chunk_rows(chunking.chunk_size, head)
     buffer = chunk_buffer(head, rows, size)
     scratch = cap_scratch(buffer, head)
     capped = head.softcap > 0
@@ -186,7 +191,7 @@ def token_logprobs_bwd(
     return grads.result()
 
 
-def _of_losses(
+def of_losses(
     upstream: RowGradients,
     valid: Tensor,
     taken: Tensor,

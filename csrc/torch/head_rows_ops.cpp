@@ -1,6 +1,6 @@
-// Ring 4. softmax_rows_ on CUDA: tensors become launch parameters.
+// Ring 4. The head's row kernels on CUDA: tensors become launch parameters.
 //
-// Built with VARSTREAM_EMULATED it defines varstream_emulated::softmax_rows_ instead, the same
+// Built with VARSTREAM_EMULATED it defines operators of varstream_emulated instead, the same
 // kernels over CPU tensors.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
@@ -9,10 +9,11 @@
 #include <limits>
 #include <optional>
 
+#include "cross_entropy/distillation_launch.h"
 #include "cross_entropy/softmax_launch.h"
 #include "torch/checks.h"
+#include "torch/head_rows_schema.h"
 #include "torch/on_device.h"
-#include "torch/softmax_schema.h"
 
 namespace varstream {
 namespace {
@@ -32,14 +33,28 @@ Dtype dtype_of(ScalarType type, const char* name) {
   return Dtype::kFloat16;
 }
 
-void check_logits(const Tensor& logits, int64_t classes) {
+cross_entropy::LogitMap logit_map(const float* bias,
+                                  double logit_scale,
+                                  double softcap,
+                                  double temperature) {
+  const bool capped = softcap > 0;
+  return {bias,
+          static_cast<float>(logit_scale / (capped ? softcap : temperature)),
+          capped ? static_cast<float>(softcap / temperature) : 0.0f,
+          static_cast<float>(logit_scale / temperature)};
+}
+
+void check_logits(const Tensor& logits, const char* name, int64_t classes) {
   VARSTREAM_CHECK(logits.dim() == 2,
-                  "logits must have 2 dimensions (rows, padded classes), got shape ",
+                  name,
+                  " must have 2 dimensions (rows, padded classes), got shape ",
                   shape_text(logits));
   VARSTREAM_CHECK(1 <= classes && classes <= logits.size(1) && classes <= kMostClasses,
                   "classes must be in [1, ",
                   logits.size(1),
-                  "], the columns of logits, and at most 2^30, got ",
+                  "], the columns of ",
+                  name,
+                  ", and at most 2^30, got ",
                   classes);
   if (logits.size(0) == 0) return;
   const int64_t bytes = logits.element_size();
@@ -47,7 +62,8 @@ void check_logits(const Tensor& logits, int64_t classes) {
                       (logits.size(0) == 1 || (logits.stride(0) * bytes % kWordBytes == 0 &&
                                                logits.stride(0) >= logits.size(1))) &&
                       reinterpret_cast<uintptr_t>(logits.const_data_ptr()) % kWordBytes == 0,
-                  "logits must have contiguous rows of a multiple of 16 bytes that start at "
+                  name,
+                  " must have contiguous rows of a multiple of 16 bytes that start at "
                   "multiples of 16 bytes, got shape ",
                   shape_text(logits));
 }
@@ -94,7 +110,7 @@ void softmax_rows_(Tensor logits,
                    MaybeTensor class_sum,
                    MaybeTensor log_sum_sq,
                    MaybeTensor argmax) {
-  check_logits(logits, classes);
+  check_logits(logits, "logits", classes);
   VARSTREAM_CHECK(target.dim() == 2 && target.size(0) == logits.size(0),
                   "target must have shape (rows, targets), got ",
                   shape_text(target));
@@ -117,11 +133,7 @@ void softmax_rows_(Tensor logits,
   p.count = data_of<int64_t>(count, "count", logits, ScalarType::Long, {});
   p.target = data_of<int64_t>(target, "target", logits, ScalarType::Long, {rows, targets});
   p.class_weight = vector(class_weight, "class_weight", classes);
-  const bool capped = softcap > 0;
-  p.logits = {vector(bias, "bias", classes),
-              static_cast<float>(logit_scale / (capped ? softcap : temperature)),
-              capped ? static_cast<float>(softcap / temperature) : 0.0f,
-              static_cast<float>(logit_scale / temperature)};
+  p.logits = logit_map(vector(bias, "bias", classes), logit_scale, softcap, temperature);
   p.upstream = {data_of<float>(dnll, "dnll", logits, kFloat, {rows, targets}),
                 vector(dsmooth, "dsmooth", rows),
                 vector(dlse, "dlse", rows),
@@ -139,16 +151,73 @@ void softmax_rows_(Tensor logits,
             [&](void* stream) { cross_entropy::launch_softmax(values, result, p, rows, stream); });
 }
 
+void distillation_rows_(Tensor student,
+                        Tensor teacher,
+                        int64_t classes,
+                        int64_t first_row,
+                        MaybeTensor count,
+                        double beta,
+                        double temperature,
+                        double logit_scale,
+                        double softcap,
+                        double teacher_logit_scale,
+                        double teacher_softcap,
+                        MaybeTensor bias,
+                        MaybeTensor teacher_bias,
+                        MaybeTensor dloss,
+                        std::optional<ScalarType> gradient,
+                        Tensor losses) {
+  check_logits(student, "student", classes);
+  check_logits(teacher, "teacher", classes);
+  const int64_t rows = student.size(0);
+  VARSTREAM_CHECK(student.scalar_type() == ScalarType::Float &&
+                      teacher.scalar_type() == ScalarType::Float && teacher.size(0) == rows &&
+                      teacher.size(1) == student.size(1) &&
+                      (rows < 2 || teacher.stride(0) == student.stride(0)),
+                  "student and teacher must be float32 with the same shape and strides, got ",
+                  shape_text(student),
+                  " and ",
+                  shape_text(teacher));
+  check_same_device(teacher, "teacher", student, "student");
+  VARSTREAM_CHECK(0 <= beta && beta <= 1, "beta must be in [0, 1], got ", beta);
+  constexpr auto kFloat = ScalarType::Float;
+  const auto vector = [&](const MaybeTensor& t, const char* name, int64_t size) {
+    return data_of<float>(t, name, student, kFloat, {size});
+  };
+  cross_entropy::DistillationParams p{};
+  p.student = student.mutable_data_ptr<float>();
+  p.teacher = teacher.const_data_ptr<float>();
+  p.row_stride = rows == 1 ? student.size(1) : student.stride(0);
+  p.classes = static_cast<int32_t>(classes);
+  p.first_row = first_row;
+  p.count = data_of<int64_t>(count, "count", student, ScalarType::Long, {});
+  p.student_logits = logit_map(vector(bias, "bias", classes), logit_scale, softcap, temperature);
+  p.teacher_logits = logit_map(vector(teacher_bias, "teacher_bias", classes),
+                               teacher_logit_scale,
+                               teacher_softcap,
+                               temperature);
+  p.beta = static_cast<float>(beta);
+  p.dloss = vector(dloss, "dloss", rows);
+  p.losses = vector(losses, "losses", rows);
+  p.gradient = gradient.has_value();
+  const Dtype result = gradient ? dtype_of(*gradient, "gradient") : Dtype::kFloat32;
+  if (rows == 0) return;
+  on_device(student,
+            [&](void* stream) { cross_entropy::launch_distillation(result, p, rows, stream); });
+}
+
 }  // namespace
 }  // namespace varstream
 
 #if defined(VARSTREAM_EMULATED)
 STABLE_TORCH_LIBRARY_FRAGMENT(varstream_emulated, m) {
   m.def(VARSTREAM_SOFTMAX_ROWS);
+  m.def(VARSTREAM_DISTILLATION_ROWS);
 }
 STABLE_TORCH_LIBRARY_IMPL(varstream_emulated, CPU, m) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(varstream, CUDA, m) {
 #endif
   m.impl("softmax_rows_", TORCH_BOX(&varstream::softmax_rows_));
+  m.impl("distillation_rows_", TORCH_BOX(&varstream::distillation_rows_));
 }

@@ -1,0 +1,1 @@
+"""The head on a GPU: matrix products by torch, everything between them in row kernels."""
