@@ -7,7 +7,6 @@
 #include <stdexcept>
 
 #include "cross_entropy/residency.h"
-#include "ptx/cluster.cuh"
 #include "ptx/launch.cuh"
 
 namespace varstream::cross_entropy {
@@ -25,7 +24,9 @@ void launch_rows(const char* name,
                  void* stream) {
   const auto shared = static_cast<int64_t>(ptx::max_shared_bytes());
   p.residency = residency_of(
-      words, once, {shared, static_cast<int64_t>(fixed), abreast, ptx::max_cluster_blocks()});
+      words,
+      once,
+      {shared, static_cast<int64_t>(fixed), abreast, ptx::max_cluster_blocks<Kernel>()});
   const int64_t blocks = rows * p.residency.cluster;
   if (blocks > std::numeric_limits<int32_t>::max()) {
     throw std::runtime_error("varstream: too many rows of logits for one launch");

@@ -11,26 +11,9 @@
 #include "common/macros.h"
 #if defined(VARSTREAM_EMULATED)
 #include "emu/cluster.h"
-#else
-#include "common/check_cuda.h"
 #endif
 
 namespace varstream::ptx {
-
-inline constexpr int kMaxClusterBlocks = 8;  // more are not portable
-
-// Blocks that a cluster of the current device may have; 1: it has no clusters.
-inline uint32_t max_cluster_blocks() {
-#if defined(VARSTREAM_EMULATED)
-  return static_cast<uint32_t>(emu::max_cluster_blocks());
-#else
-  int device = 0, major = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
-             "cudaDeviceGetAttribute");
-  return major >= 9 ? uint32_t{kMaxClusterBlocks} : 1;
-#endif
-}
 
 // The barrier in two halves: what a thread wrote before it arrives, every thread of the cluster
 // sees after its wait. All threads of all blocks call both, by whole warps.

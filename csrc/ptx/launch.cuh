@@ -5,12 +5,12 @@
 #pragma once
 
 #include <cstddef>
-#include <stdexcept>
-#include <string>
+#include <cstdint>
 
 #include "common/macros.h"
 #include "common/thread.h"
 #if defined(VARSTREAM_EMULATED)
+#include "emu/cluster.h"
 #include "emu/launch.h"
 #else
 #include "common/check_cuda.h"
@@ -44,25 +44,23 @@ inline size_t max_shared_bytes() {
 #endif
 }
 
-#if !defined(VARSTREAM_EMULATED)
-
-// Code for an older architecture, compiled again by the driver, would run in a cluster and know
-// nothing of it.
+// Blocks that a cluster of Kernel may have on the current device, 1 without clusters. The code that
+// runs there decides: a build for an older architecture, compiled again by the driver, knows none.
 template <typename Kernel>
-void check_knows_clusters(const char* name) {
+uint32_t max_cluster_blocks() {
+#if defined(VARSTREAM_EMULATED)
+  return static_cast<uint32_t>(emu::max_cluster_blocks());
+#else
+  constexpr uint32_t kPortable = 8;
   cudaFuncAttributes attributes;
-  check_cuda(cudaFuncGetAttributes(&attributes, entry<Kernel>), name);
-  if (attributes.ptxVersion < 90) {
-    throw std::runtime_error(std::string("varstream: ") + name +
-                             ": clusters need code for sm_90; this build has none");
-  }
+  check_cuda(cudaFuncGetAttributes(&attributes, entry<Kernel>), "cudaFuncGetAttributes");
+  return attributes.ptxVersion >= 90 ? kPortable : 1;
+#endif
 }
 
-#endif
-
 // Runs blocks of Kernel::kThreads threads on stream (a cudaStream_t of the current device; ignored
-// when emulated), in clusters of `cluster` neighbours, which divides `blocks`. Throws
-// std::runtime_error where the launch is refused.
+// when emulated), in clusters of `cluster` neighbours, which divides `blocks` and is at most
+// max_cluster_blocks. Throws std::runtime_error where the launch is refused.
 template <typename Kernel>
 void launch(const char* name,
             uint32_t blocks,
@@ -88,7 +86,6 @@ void launch(const char* name,
                name);
   }
   if (cluster > 1) {
-    check_knows_clusters<Kernel>(name);
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = cluster;

@@ -1,8 +1,10 @@
 # cmake -P instances.cmake, in an empty folder: writes every generated kernel source below it, by the
-# function that the build uses, and prints their paths, one a line.
+# functions that the build uses, and prints their paths, one a line.
 cmake_minimum_required(VERSION 3.24)
-include("${CMAKE_CURRENT_LIST_DIR}/../cmake/attention.cmake")
-varstream_attention_instances(sources)
-foreach(source ${sources})
-  message(NOTICE "${source}")
+foreach(topic attention cross_entropy)
+  include("${CMAKE_CURRENT_LIST_DIR}/../cmake/${topic}.cmake")
+  cmake_language(CALL varstream_${topic}_instances sources)
+  foreach(source ${sources})
+    message(NOTICE "${source}")
+  endforeach()
 endforeach()

@@ -298,11 +298,11 @@ void check_refusals(emu::Schedule schedule) {
     return message_of([&] { emu::launch({blocks, 1, 1}, {1, 1, 1}, 0, schedule, [] {}, cluster); });
   };
   const char* refused = "a cluster the device refuses";
-  expect(ptx::max_cluster_blocks() == 8 && run(16, 8).empty(), "a cluster of 8");
+  expect(emu::max_cluster_blocks() == 8 && run(16, 8).empty(), "a cluster of 8");
   expect(has(run(12, 8), refused) && has(run(16, 16), refused) && has(run(1, 0), refused),
          "clusters that are refused");
   emu::max_cluster_blocks() = 1;
-  expect(ptx::max_cluster_blocks() == 1 && has(run(2, 2), refused) && run(2, 1).empty(),
+  expect(emu::max_cluster_blocks() == 1 && has(run(2, 2), refused) && run(2, 1).empty(),
          "a device without clusters");
   emu::max_cluster_blocks() = 8;
   alignas(16) static float source[8];

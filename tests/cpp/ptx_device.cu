@@ -101,7 +101,8 @@ struct ClusterSum {
 };
 
 void launch_cluster_sum(const ClusterSum::Params& params, void* stream) {
-  ptx::launch<ClusterSum>("cluster sum", 8, 1 << 10, params, stream, ptx::max_cluster_blocks());
+  ptx::launch<ClusterSum>(
+      "cluster sum", 8, 1 << 10, params, stream, ptx::max_cluster_blocks<ClusterSum>());
 }
 
 // More than 48 KiB: launch asks for it.
