@@ -13,6 +13,7 @@
 #   bench-dense bench-ragged bench-grouped bench-rest
 #   bench-backward-64 bench-backward-128 bench-backward-ragged bench-backward-grouped
 #   bench-backward-rest bench-chunks bench-sums
+#   bench-head bench-head-shapes bench-head-kinds bench-logprobs bench-distillation
 #               microbenchmarks, each checked for correctness first, to bench/results/<gpu>.json
 #
 # A step that fails makes the script fail in the end; the steps after it still run, and what one
@@ -26,7 +27,8 @@ limit=${GPU_LIMIT:-590}
 tools=(memcheck racecheck synccheck initcheck)
 sanitize=("${tools[@]}" "${tools[@]/%/-backward}")
 bench=(bench-dense bench-ragged bench-grouped bench-rest bench-backward-64 bench-backward-128
-  bench-backward-ragged bench-backward-grouped bench-backward-rest bench-chunks bench-sums)
+  bench-backward-ragged bench-backward-grouped bench-backward-rest bench-chunks bench-sums
+  bench-head bench-head-shapes bench-head-kinds bench-logprobs bench-distillation)
 all=(build test "${sanitize[@]}" "${bench[@]}")
 left_out=77 # exit code of a step that can't run here
 
@@ -81,6 +83,9 @@ sanitizer() {
     ${options[@]+"${options[@]}"} "$python" -m pytest -q -m "gpu and not slow" "$@"
 }
 
+# Topics whose cases have steps of their own.
+elsewhere='attention_(forward|backward|chunks)|tile_schedule|head|head_rows|logprobs|distillation'
+
 # Other kernels' shared memory and barriers are not ours to check. initcheck must see who writes.
 ours=(--kernel-name kns=varstream)
 
@@ -116,7 +121,7 @@ step() {
       local names
       names=$("$python" -m bench list --names --device cuda) || return 1
       # shellcheck disable=SC2046  # names are words
-      run_cases $(grep -vE '^(attention_(forward|backward|chunks)|tile_schedule)/' <<<"$names")
+      run_cases $(grep -vE "^($elsewhere)/" <<<"$names")
       ;;
     bench-backward-64) run_cases 'attention_backward/dense_*_hd64_*' ;;
     bench-backward-128) run_cases 'attention_backward/dense_*_hd128_*' ;;
@@ -125,6 +130,11 @@ step() {
     bench-backward-rest) run_cases 'attention_backward/short_*' 'attention_backward/deterministic_*' ;;
     bench-chunks) run_cases 'attention_chunks/chunk_*' ;;
     bench-sums) run_cases 'attention_chunks/sum_*' ;;
+    bench-head) run_cases 'head/bf16_gpu' 'head/bf16_gpu_rows_*' ;;
+    bench-head-shapes) run_cases 'head/bf16_gpu_classes_*' ;;
+    bench-head-kinds) run_cases 'head/bf16_gpu_none' 'head/bf16_gpu_frozen' 'head/bf16_gpu_ignored_*' ;;
+    bench-logprobs) run_cases 'logprobs/bf16_gpu_*' ;;
+    bench-distillation) run_cases 'distillation/bf16_gpu_*' 'head_rows' ;;
   esac
 }
 

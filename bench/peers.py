@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -35,6 +38,16 @@ def attribute(module_name: str, name: str) -> Needs:
     return reason
 
 
+def takes(function: Callable[..., Any], keyword: str) -> Needs:
+    """Needs a keyword of one of our functions."""
+
+    def reason(device: str) -> str | None:
+        found = keyword in inspect.signature(function).parameters
+        return None if found else f"{function.__name__} takes no {keyword}"
+
+    return reason
+
+
 def cuda(device: str) -> str | None:
     """Runs on CUDA only."""
     return None if device == "cuda" else "runs on CUDA only"
@@ -58,10 +71,12 @@ def every(*needs: Needs) -> Needs:
 torch_chunked = attribute("torch.nn", "LinearCrossEntropyOptions")
 liger = every(cuda, module("liger_kernel"))
 cut_cross_entropy = every(cuda, module("cut_cross_entropy"))
+quack = every(cuda, module("quack.linear_cross_entropy"))
 flash_attn = every(cuda, module("flash_attn"))
 flash_attn_3 = every(cuda, module("flash_attn_interface"))
 varlen_attn = every(cuda, module("torch.nn.attention.varlen"))
 trl = module("trl.kernels")
+trl_divergence = module("trl.kernels.chunked_divergence")
 transformers = module("transformers")
 
 

@@ -14,10 +14,8 @@ import varstream as vs
 
 from .. import floors, peers
 from ..case import Case, Peer, Setup, Shape, floor
+from ..head_ways import trl_chunked
 from .head import MAIN, QUICK, TOLERANCE
-
-# What TRL's trainers pass: classes of one tile.
-TRL_TILE = 32768
 
 
 def _dense(x: Tensor, weight: Tensor, target: Tensor, entropy: bool) -> tuple[Tensor, ...]:
@@ -31,15 +29,7 @@ def _ours(x: Tensor, weight: Tensor, target: Tensor, entropy: bool) -> tuple[Ten
     return found if entropy else (found,)
 
 
-def _trl(x: Tensor, weight: Tensor, target: Tensor, entropy: bool) -> tuple[Tensor, ...]:
-    from trl.kernels import ChunkedLogProbFunction
-
-    outputs = ("entropy",) if entropy else ()
-    found = ChunkedLogProbFunction.apply(x, weight, None, target, 1.0, TRL_TILE, None, 1.0, outputs)
-    return found[: 1 + entropy]
-
-
-WAYS = {"varstream": _ours, "dense": _dense, "trl_chunked": _trl}
+WAYS = {"varstream": _ours, "dense": _dense, "trl_chunked": trl_chunked}
 
 
 def _build(entropy: bool, products: str, shape: Shape, device: torch.device, seed: int) -> Setup:
