@@ -274,6 +274,9 @@ def test_the_barred_cases_are_those_promised():
     # test_bench_attention.py and test_bench_gradients.py have these: 41 packs, forward and
     # backward, 12 chunks and 7 sums.
     assert len([barred.pop(name) for name in on_gpu]) == 2 * 41 + 12 + 7
+    # test_bench_head.py has these.
+    on_gpu = [name for name in barred if all_cases()[name].devices == ("cuda",)]
+    assert len([barred.pop(name) for name in on_gpu]) == 11 + 5 + 2 + 8
     assert len(barred) >= 14  # the head, plain and with each option
     for name, bars in barred.items():
         assert (

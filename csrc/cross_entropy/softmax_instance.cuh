@@ -11,7 +11,8 @@ template <typename Kernel>
 void launch_softmax_kernel(const SoftmaxParams& p, int64_t rows, void* stream) {
   const int64_t words = ceil_div(p.classes, Kernel::kValues);
   const size_t fixed = Kernel::Shared::slots_at(p.targets);
-  launch_rows<Kernel>("softmax_rows", p, rows, words, 1, fixed, !p.gradient, stream);
+  const bool once = !p.gradient || p.shard.given != nullptr;
+  launch_rows<Kernel>("softmax_rows", p, rows, words, 1, fixed, once, stream);
 }
 
 template <typename Element, typename Gradient>

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "common/macros.h"
 #include "common/thread.h"
@@ -90,10 +91,17 @@ struct Softmax {
 
     auto* target_values =
         ptx::shared_array<float>(Shared::kTargetsAt, size_t(p.targets) * sizeof(float));
-    const Sums sums = row_sums(p, row, share, values, target_values);
-    if (p.residency.cluster > 1) ptx::cluster_arrive();  // this block has read the others' sums
-    const Row known = finish(p, row, sums);
-    if (rank == 0) write_results(p, row, thread, sums, known, target_values);
+    put_targets_aside(p, row, share, values, target_values);
+    Row known;
+    if (kModified && p.shard.given != nullptr) {
+      ptx::sync_block();
+      known = given(p, row);
+    } else {
+      const Sums sums = row_sums(p, share);
+      if (p.residency.cluster > 1) ptx::cluster_arrive();  // this block has read the others' sums
+      known = finish(p, row, sums);
+      if (rank == 0) write_results(p, row, thread, sums, known, target_values);
+    }
     if (p.gradient) {
       write_gradient(p, share, known, gradient);
       ptx::sync_block();
@@ -118,8 +126,12 @@ struct Softmax {
     const RowResults& out = p.results;
     for (int32_t k = share.thread; k < p.targets; k += kThreads) {
       if (out.logp != nullptr) out.logp[row * p.targets + k] = 0.0f;
+      if (p.shard.target_z != nullptr) p.shard.target_z[row * p.targets + k] = 0.0f;
     }
     if (share.thread != 0) return;
+    if (p.shard.sums != nullptr) {
+      for (int i = 0; i < kRowSums; ++i) p.shard.sums[row * kRowSums + i] = 0.0f;
+    }
     if (out.lse != nullptr) out.lse[row] = 0.0f;
     if (out.entropy != nullptr) out.entropy[row] = 0.0f;
     if (out.class_sum != nullptr) out.class_sum[row] = 0.0f;
@@ -127,13 +139,20 @@ struct Softmax {
     if (out.argmax != nullptr) out.argmax[row] = -1;
   }
 
-  // The row's sums, the same in every thread of the cluster; puts the targets' stored values aside
-  // before the gradient covers them.
-  static VARSTREAM_DEVICE Sums row_sums(const Params& p,
-                                        int64_t row,
-                                        const RowWords& share,
-                                        const Element* values,
-                                        float* target_values) {
+  // The targets' stored values, before the gradient covers them.
+  static VARSTREAM_DEVICE void put_targets_aside(const Params& p,
+                                                 int64_t row,
+                                                 const RowWords& share,
+                                                 const Element* values,
+                                                 float* target_values) {
+    for (int32_t k = share.thread; k < p.targets; k += kThreads) {
+      const int64_t t = p.target[row * p.targets + k];
+      target_values[k] = t >= 0 && t < p.classes ? static_cast<float>(values[t]) : 0.0f;
+    }
+  }
+
+  // The row's sums, the same in every thread of the cluster.
+  static VARSTREAM_DEVICE Sums row_sums(const Params& p, const RowWords& share) {
     Sums sums;
     share.stream([&](int32_t first) {
       VARSTREAM_UNROLL
@@ -142,10 +161,6 @@ struct Softmax {
         if (at < share.end) add_word(p, share.slot(first + u), at * kValues, sums);
       }
     });
-    for (int32_t k = share.thread; k < p.targets; k += kThreads) {
-      const int64_t t = p.target[row * p.targets + k];
-      target_values[k] = t >= 0 && t < p.classes ? static_cast<float>(values[t]) : 0.0f;
-    }
     return join_cluster(sums, share.thread, p.residency.cluster);
   }
 
@@ -210,6 +225,15 @@ struct Softmax {
     return known;
   }
 
+  // What a first launch and the caller found over all classes.
+  static VARSTREAM_DEVICE Row given(const Params& p, int64_t row) {
+    const float* from = p.shard.given + row * kRowGiven;
+    Row known{base_of(from[0]), logf(from[1]), 1.0f / from[1], from[2], 0.0f, 0.0f};
+    if (p.upstream.smooth != nullptr) known.smooth = p.upstream.smooth[row];
+    if (p.upstream.entropy != nullptr) known.entropy_factor = p.upstream.entropy[row];
+    return known;
+  }
+
   static VARSTREAM_DEVICE float entropy_of(const RowSums<true>& sums, const Row& known) {
     return known.log_total - sums.moment / sums.total;
   }
@@ -221,6 +245,9 @@ struct Softmax {
                                              const Row& known,
                                              const float* target_values) {
     const RowResults& out = p.results;
+    if constexpr (kModified) {
+      if (p.shard.sums != nullptr) write_sums(p, row, thread, sums, target_values);
+    }
     if (out.logp != nullptr) {
       for (int32_t k = thread; k < p.targets; k += kThreads) {
         const int64_t t = p.target[row * p.targets + k];
@@ -242,6 +269,27 @@ struct Softmax {
       }
       if (out.argmax != nullptr) out.argmax[row] = sums.argmax < p.classes ? sums.argmax : 0;
     }
+  }
+
+  static VARSTREAM_DEVICE void write_sums(const Params& p,
+                                          int64_t row,
+                                          int32_t thread,
+                                          const RowSums<true>& sums,
+                                          const float* target_values) {
+    for (int32_t k = thread; k < p.targets; k += kThreads) {
+      const int64_t t = p.target[row * p.targets + k];
+      const bool inside = t >= 0 && t < p.classes;
+      const auto column = static_cast<int32_t>(inside ? t : 0);
+      const float z = logit_of<kModified>(target_values[k], column, p.logits).z;
+      p.shard.target_z[row * p.targets + k] = inside ? z : 0.0f;
+    }
+    if (thread != 0) return;
+    float* out = p.shard.sums + row * kRowSums;
+    out[0] = sums.top, out[1] = sums.total, out[2] = sums.moment, out[3] = sums.squares;
+    out[4] = sums.gap, out[5] = sums.weight;
+    const int32_t argmax = sums.argmax < p.classes ? sums.argmax : 0;
+    std::memcpy(
+        out + 6, &argmax, sizeof(argmax));  // its bits: a float holds no number of 2^24 and more
   }
 
   static VARSTREAM_DEVICE void write_gradient(const Params& p,

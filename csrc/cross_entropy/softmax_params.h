@@ -37,6 +37,16 @@ struct RowResults {
   int64_t* argmax;    // (rows,) the first of equals
 };
 
+// Where a row's classes are spread over several calls (shards of the vocabulary), the sums of each
+// are written by a first launch, joined by the caller and given to a second one.
+struct RowShard {
+  float* sums;      // (rows, kRowSums), or null: top, total, moment, squares, gap, weight, argmax
+  float* target_z;  // (rows, targets) logits of targets, 0 for those outside [0, classes)
+  const float* given;  // (rows, kRowGiven), or null: top and total of all classes, the factor a
+};
+inline constexpr int kRowSums = 7;
+inline constexpr int kRowGiven = 3;
+
 struct SoftmaxParams {
   void* values;  // (rows, row_stride), 16-byte aligned; the gradient's rows start where they do
   int64_t row_stride;         // in elements, a multiple of 16 bytes
@@ -49,13 +59,15 @@ struct SoftmaxParams {
   LogitMap logits;
   RowUpstream upstream;
   RowResults results;
+  RowShard shard;
   bool gradient;        // whether G replaces the values
   Residency residency;  // set by the launch
 };
 
 // Whether more than a positive factor stands between stored values and the plain loss.
 inline bool modified(const SoftmaxParams& p) {
-  return p.logits.bias != nullptr || p.logits.cap_scale != 0.0f || p.upstream.smooth != nullptr ||
+  return p.shard.sums != nullptr || p.shard.given != nullptr || p.logits.bias != nullptr ||
+         p.logits.cap_scale != 0.0f || p.upstream.smooth != nullptr ||
          p.upstream.entropy != nullptr || p.results.entropy != nullptr ||
          p.results.class_sum != nullptr || p.results.log_sum_sq != nullptr ||
          p.results.argmax != nullptr;

@@ -109,7 +109,10 @@ void softmax_rows_(Tensor logits,
                    MaybeTensor entropy,
                    MaybeTensor class_sum,
                    MaybeTensor log_sum_sq,
-                   MaybeTensor argmax) {
+                   MaybeTensor argmax,
+                   MaybeTensor shard_sums,
+                   MaybeTensor shard_target_z,
+                   MaybeTensor shard_given) {
   check_logits(logits, "logits", classes);
   VARSTREAM_CHECK(target.dim() == 2 && target.size(0) == logits.size(0),
                   "target must have shape (rows, targets), got ",
@@ -145,6 +148,12 @@ void softmax_rows_(Tensor logits,
                vector(class_sum, "class_sum", rows),
                vector(log_sum_sq, "log_sum_sq", rows),
                data_of<int64_t>(argmax, "argmax", logits, ScalarType::Long, {rows})};
+  using cross_entropy::kRowGiven, cross_entropy::kRowSums;
+  p.shard = {data_of<float>(shard_sums, "shard_sums", logits, kFloat, {rows, kRowSums}),
+             data_of<float>(shard_target_z, "shard_target_z", logits, kFloat, {rows, targets}),
+             data_of<float>(shard_given, "shard_given", logits, kFloat, {rows, kRowGiven})};
+  VARSTREAM_CHECK((p.shard.sums == nullptr) == (p.shard.target_z == nullptr),
+                  "shard_sums and shard_target_z must be given together");
   p.gradient = gradient.has_value();
   if (rows == 0) return;
   on_device(logits,

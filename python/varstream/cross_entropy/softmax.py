@@ -103,4 +103,7 @@ class SoftmaxCall:
             self.lse_sq_scale,
             self.gradient,
             *self.values.chunk(part),
+            None,
+            None,
+            None,
         )
