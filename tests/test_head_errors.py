@@ -304,17 +304,17 @@ def test_options_that_are_not_honoured(fields, changes, message):
 
 
 DIRECT = {
-    "class_weight": (9, torch.zeros(22), "class_weight must have size 23"),
-    "nll_scale": (10, torch.zeros(15), "nll_scale must have size 16"),
-    "smooth_scale": (11, torch.zeros(16, 1), "smooth_scale must have 1 dimensions"),
-    "lse_sq_scale": (12, torch.zeros(1), "lse_sq_scale must have 0 dimensions"),
+    "class_weight": (11, torch.zeros(22), "class_weight must have size 23"),
+    "nll_scale": (12, torch.zeros(15), "nll_scale must have size 16"),
+    "smooth_scale": (13, torch.zeros(16, 1), "smooth_scale must have 1 dimensions"),
+    "lse_sq_scale": (14, torch.zeros(1), "lse_sq_scale must have 0 dimensions"),
 }
 
 
 @pytest.mark.parametrize("place, value, message", DIRECT.values(), ids=DIRECT)
 def test_direct_calls_check_the_scales(place, value, message):
     p = problem(dtype=torch.float32)
-    call = [p.input, p.weight, p.bias, p.target, -100, 1.0, 0.0, 1.0, 4, *[None] * 4, *[False] * 4]
+    call = [p.input, p.weight, p.bias, p.target, -100, 1.0, 0.0, 1.0, 4, *[None] * 6, *[False] * 4]
     call[place] = value
     with pytest.raises(RuntimeError, match=f"varstream::linear_cross_entropy: {message}"):
         torch.ops.varstream.linear_cross_entropy(*call)
@@ -327,14 +327,14 @@ DIRECT_BACKWARD = {
     "dclass_sum": ({3: torch.zeros(16, 1)}, "dclass_sum must have 1 dimensions"),
     "entropy": ({1: torch.zeros(16)}, "dentropy needs entropy, got None"),
     "entropy_shape": ({4: torch.zeros(3)}, "entropy must have size 16"),
-    "class_weight": ({14: torch.zeros(3)}, "class_weight must have size 23"),
+    "class_weight": ({16: torch.zeros(3)}, "class_weight must have size 23"),
 }
 
 
 @pytest.mark.parametrize("changes, message", DIRECT_BACKWARD.values(), ids=DIRECT_BACKWARD)
 def test_direct_calls_of_the_backward(changes, message):
     p = problem(dtype=torch.float32)
-    call = [*[None] * 5, p.input, p.weight, p.bias, p.target, -100, 1.0, 0.0, 1.0, 4, None]
+    call = [*[None] * 5, p.input, p.weight, p.bias, p.target, -100, 1.0, 0.0, 1.0, 4, *[None] * 3]
     for place, value in changes.items():
         call[place] = value
     with torch.no_grad(), pytest.raises(RuntimeError, match=f"token_logprobs_bwd: {message}"):

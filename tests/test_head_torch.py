@@ -14,9 +14,9 @@ LENGTHS = (5, 7, 2, 31, 600)
 
 
 def call_of(p, scaling):
-    """The operators' arguments up to the chunk size."""
+    """The operators' arguments up to ``logits_dtype``."""
     scalars = NO_SCALING | SCALINGS[scaling]
-    return (p.input, p.weight, p.bias, p.target, IGNORE, *scalars.values(), 5)
+    return (p.input, p.weight, p.bias, p.target, IGNORE, *scalars.values(), 5, None, None)
 
 
 def assert_same(p, actual, expected):
@@ -81,7 +81,7 @@ def test_opcheck_every_row_value(scaling):
     torch.library.opcheck(torch.ops.varstream.token_logprobs.default, call)
     with torch.no_grad():
         values = torch.ops.varstream.token_logprobs(*call)
-    saved = (values[1], *(t.detach() for t in p.leaves), *call[3:10])
+    saved = (values[1], *(t.detach() for t in p.leaves), *call[3:12])
     upstream = [torch.randn_like(v) for v in values[:4]]
     torch.library.opcheck(
         torch.ops.varstream.token_logprobs_bwd.default, (*upstream, *saved, True, True, True)

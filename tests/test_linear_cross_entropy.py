@@ -122,6 +122,8 @@ def test_direct_calls_are_checked(change, message):
         "softcap": 0.0,
         "temperature": 1.0,
         "chunk_size": 0,
+        "max_rows": None,
+        "logits_dtype": None,
     } | change
     with pytest.raises(RuntimeError, match=message):
         torch.ops.varstream.linear_cross_entropy(*arguments.values(), *[None] * 4, *[False] * 4)

@@ -86,8 +86,9 @@ def test_every_schema_is_there():
         ),
         *("varlen_attention_bwd_composed", "varlen_attention_bwd_accumulate"),
         *("varlen_attention_bwd_accumulate_composed", "linear_cross_entropy"),
-        "linear_distillation",
-        *("token_logprobs", "token_logprobs_bwd", "linear_bias_gelu", "linear_bias_gelu_bwd"),
+        *("linear_distillation", "softmax_rows_", "distillation_rows_"),
+        *("token_logprobs", "token_logprobs_bwd", "token_logprobs_bwd_accumulate"),
+        *("linear_bias_gelu", "linear_bias_gelu_bwd"),
         *("bias_residual_layer_norm", "bias_residual_layer_norm_bwd"),
     }
     names = torch._C._dispatch_get_all_op_names()
