@@ -16,8 +16,10 @@ from kernels import COMMITTED, GROUPS, KEYS, ROOT, kernel_table
 
 import kernel_bars  # isort: skip  (csrc/tools, put on the path by kernels)
 import kernel_build  # isort: skip
+import kernel_head_model  # isort: skip
 import kernel_model  # isort: skip
 
+HEAD = ROOT / "csrc/cross_entropy"
 REGISTERS = (16, 24, 32, 40, 56, 64, 72, 96, 127, 128, 129, 160, 168, 169, 192, 200, 224, 248, 255)
 SHARED = (0, 1, 1000, 8 << 10, 16512, 24704, 32 << 10, 49280, 65664, 99 << 10, (99 << 10) + 1)
 
@@ -50,7 +52,7 @@ def test_committed_budgets_reach_the_bars(group):
 def test_compiler_processes_stay_below_2_gb():
     kernels.rows()
     peaks = kernels.report()["peak_kib"]
-    assert len(peaks) >= 2 * (14 + 14)
+    assert len(peaks) >= 2 * (14 + 14 + 8)
     assert min(peaks.values()) > 30 << 10  # of a compiler, not of the shell before it
     assert {unit: kib for unit, kib in peaks.items() if kib >= 2 << 20} == {}
 
@@ -60,16 +62,40 @@ def test_generated_sources_are_those_the_launch_asks_for():
     source = (ROOT / "csrc/attention/head_dims.h").read_text()
     asked = set(re.findall(r"HeadDims<(\d+), (\d+)>\{\}", source))
     instances = {f"{t}_{d}_{v}" for d, v in asked for t in ("bf16", "fp16")}
-    made = {s.stem for s in kernel_build.generated_sources()}
+    made = {s.stem for s in kernel_build.generated_sources() if s.parent.name == "attention"}
     assert made == {f"{p}_{i}" for p in ("forward", "backward") for i in instances}
     for kernel in ("attention_forward", "attention_backward", "attention_backward_query"):
         own = [key[0].split()[2] for key in KEYS if key[0].split()[0] == kernel]
         assert set(own) == {f"{d}/{v}" for d, v in asked}
 
 
-@pytest.mark.parametrize("name", kernel_model.TABLES)
+def test_every_instance_of_the_head_is_in_the_table():
+    """One list stands in cross_entropy.cmake, the other in the launches."""
+    pairs = {
+        kernel: {
+            tuple(names.split(", "))
+            for names in re.findall(
+                rf"launch_{kernel}_instance<([^>]+)>\(", (HEAD / f"{kernel}_launch.cu").read_text()
+            )
+        }
+        for kernel in ("softmax", "distillation")
+    }
+    short = {element: name for name, element in kernel_build.ELEMENTS.items()}
+    asked = {f"softmax_{short[v]}_{short[g]}" for v, g in pairs["softmax"]}
+    asked |= {f"distillation_fp32_{short[g]}" for (g,) in pairs["distillation"]}
+    made = {s.stem for s in kernel_build.generated_sources() if s.parent.name == "cross_entropy"}
+    assert made == asked
+    wanted = set()
+    for name in made:
+        kernel, values, gradient = name.split("_")
+        kinds = (" plain", " modified") if kernel == "softmax" else ("",)
+        wanted |= {f"head_{kernel} {values}/{gradient}{kind}" for kind in kinds}
+    assert {key[0] for key in KEYS if key[0].startswith("head_")} == wanted
+
+
+@pytest.mark.parametrize("name", kernel_model.SECTIONS)
 def test_the_model_in_the_notes_is_that_of_the_table(name):
-    found = kernel_model.section(name, list(COMMITTED.values()))
+    found = kernel_model.section(name, list(COMMITTED.values()), kernels.traits())
     assert kernel_model.written_section(name) == found
 
 
@@ -155,6 +181,58 @@ def test_each_device_has_one_table_of_backward_tiles():
     for row in COMMITTED.values():
         table = kernels.traits_of(row)
         assert list(row["blocks_per_sm"]) == kernel_table.devices(row["arch"], table)
+
+
+HEAD_ROW = COMMITTED["head_softmax fp32/bf16 plain", "sm_90"]
+
+
+def test_rows_of_the_head_stay_on_chip_in_clusters():
+    """sm_90: read once, a word of 16 bytes a slot, whole steps of two words of 256 threads."""
+    own = kernels.traits_of(HEAD_ROW)
+    fixed = own["dynamic_shared"] - 8 * 256 * 16  # the ring's slots
+    assert {name: place["sm_90"] for name, place in HEAD_ROW["residency"].items()} == {
+        str(classes): {
+            "cluster": cluster,
+            "kept": True,
+            "dynamic_shared": fixed + -(-classes // cluster // 4 // 512) * 2 * 256 * 16,
+            "blocks_per_sm": blocks,
+        }
+        for classes, cluster, blocks in (
+            (32000, 2, 3),
+            (128256, 8, 3),
+            (151936, 8, 2),
+            (256000, 8, 1),
+        )
+    }
+    old = COMMITTED["head_softmax fp32/bf16 plain", "sm_80"]["residency"]
+    assert [place["sm_80"]["kept"] for place in old.values()] == [True, False, False, False]
+    assert all(place["sm_80"]["cluster"] == 1 for place in old.values())
+
+
+def test_a_row_that_fits_nowhere_misses_the_bar():
+    row = copy.deepcopy(HEAD_ROW)
+    row["residency"]["256000"]["sm_90"]["blocks_per_sm"] = 0
+    found = [line for line in kernel_bars.violations(row, kernels.traits_of(row)) if "run" in line]
+    assert found == ["doesn't run on sm_90 with 256000 classes"]
+
+
+def test_the_head_s_model_by_hand():
+    """fp32 logits of 128256 classes on an H100: 8 blocks of 64 KB, three to an SM."""
+    own = kernels.traits_of(HEAD_ROW)
+    sums, gradient, _ = HEAD_ROW["sass"]["passes"]
+    e = kernel_head_model.estimate(kernel_head_model.H100, HEAD_ROW, own, 128256)
+    assert (e.moved, e.ideal) == (6, 6)
+    slots = sums["mix"]["all"] / (4 * sums["words"]) + gradient["mix"]["all"] / (
+        4 * gradient["words"]
+    )
+    assert e.slots == pytest.approx(slots)
+    assert e.slots_allowed == pytest.approx(132 * 128 * 1.755e9 / (3.0e12 / 6))
+    busy = 3 * 128256 / 8 * 6 / (3.0e12 / 132)
+    assert (e.low, e.high) == (pytest.approx(busy / (busy + 2e-6)), 1.0)
+    again = kernel_head_model.estimate(
+        kernel_head_model.A100, COMMITTED["head_softmax fp32/bf16 plain", "sm_80"], own, 128256
+    )
+    assert (again.moved, again.ideal) == (10, 6)
 
 
 @pytest.mark.parametrize("name", ["stack", "spill_stores", "spill_loads"])

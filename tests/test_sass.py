@@ -16,6 +16,8 @@ import kernel_sass  # isort: skip
 PLAIN = COMMITTED["attention_forward bf16 128/128 plain", "sm_80"]
 MODIFIED = COMMITTED["attention_forward bf16 128/128 modified", "sm_80"]
 BACKWARD = COMMITTED["attention_backward bf16 128/128 plain", "sm_80"]
+SOFTMAX = COMMITTED["head_softmax fp32/bf16 plain", "sm_90"]
+OPTIONS = COMMITTED["head_softmax fp32/bf16 modified", "sm_90"]
 QUERY = COMMITTED["attention_backward_query bf16 128/128 plain", "sm_80"]
 
 
@@ -148,6 +150,47 @@ def test_narrow_passes_over_rows_miss_the_bar(kernel, name, wide):
     assert kernel_bars.violations(row, kernels.traits_of(row)) == [complaint]
 
 
+@pytest.mark.parametrize(
+    ("number", "name", "value", "complaint"),
+    [
+        (0, "LDGSTS", {"32": 8}, "LDGSTS of loop 1, other than 16 bytes: {'32'}, not set()"),
+        (0, "LDGSTS", {"128": 1}, "words copied of loop 1: 1, not 2"),
+        (1, "LDGSTS", {"128": 2}, "words copied of loop 2: 2, not 4"),
+        (1, "LDGSTS", {"128": 4}, "loops that copy: 3, not 2"),
+        (1, "STG", {"16": 16}, "STG of loop 2, other than a word: {'16'}, not set()"),
+        (2, "STG", {"64": 1}, "words stored of loop 3: 1, not 2"),
+        (0, "LDG", {"32": 2}, "LDG of loop 1: 2, over 0"),
+        (2, "untyped", 1, "untyped of loop 3: 1, not 0"),
+    ],
+)
+def test_the_head_s_rows_off_whole_words_miss_the_bar(number, name, value, complaint):
+    row = copy.deepcopy(SOFTMAX)
+    row["sass"]["passes"][number][name] = value
+    assert complaint in kernel_bars.violations(row, kernels.traits_of(row))
+    assert kernel_bars.violations(SOFTMAX, kernels.traits_of(SOFTMAX)) == []
+
+
+def test_options_of_the_head_read_bias_and_class_weight():
+    row = copy.deepcopy(OPTIONS)
+    assert row["sass"]["passes"][0]["LDG"] == {"32": 2 * 2 * 4}
+    row["sass"]["passes"][0]["LDG"] = {"32": 17}
+    assert kernel_bars.violations(row, kernels.traits_of(row)) == ["LDG of loop 1: 17, over 16"]
+
+
+def test_a_plain_head_slower_than_memory_misses_the_bar():
+    row = copy.deepcopy(SOFTMAX)
+    row["sass"]["passes"][0]["mix"]["all"] = 8 * 60
+    assert kernel_bars.violations(row, kernels.traits_of(row)) == [
+        f"{classes} classes: slower than memory on H100" for classes in row["residency"]
+    ]
+
+
+def test_other_blocks_memory_is_read_on_sm_90_only():
+    old = with_value(COMMITTED["head_softmax bf16/bf16 plain", "sm_80"], ("untyped",), 1)
+    [complaint] = kernel_bars.violations(old, kernels.traits_of(old))
+    assert complaint == "loads and stores of unknown memory: 1, not 0"
+
+
 def test_modified_kernels_read_scalars_in_the_loop():
     row = copy.deepcopy(MODIFIED)
     assert row["sass"]["loop"]["LDG"] > 0
@@ -216,6 +259,47 @@ def test_listings_are_read():
     counted = {name: tile[name] for name in ("all", "HMMA", "LDGSTS", "STS", "RED", "rest")}
     assert counted == {"all": 12, "HMMA": 2, "LDGSTS": 1, "STS": 1, "RED": 1, "rest": 6}
     assert second["STG"] == {"128": 1} and second["untyped"] == 1 and "loop" not in second
+
+
+ROWS = """
+.text.rows:
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R4], [R2.64], P0 ;
+        /*0020*/                   LDS.128 R4, [R8] ;
+        /*0030*/              @!P0 BRA `(.L_x_1) ;
+        /*0040*/                   MUFU.EX2 R5, R5 ;
+        /*0050*/                   MUFU.RCP R5, R5 ;
+        /*0060*/                   FMUL R5, R5, R5 ;
+.L_x_1:
+        /*0070*/              @!P1 BRA `(.L_x_2) ;
+        /*0080*/                   MUFU.EX2 R5, R5 ;
+        /*0090*/                   FADD R5, R5, R5 ;
+.L_x_2:
+        /*00a0*/               @P2 BRA `(.L_x_0) ;
+        /*00b0*/                   SHFL.BFLY P2, R20, R25, R22, R27 ;
+.L_x_3:
+        /*00c0*/                   LDS.128 R4, [R8] ;
+        /*00d0*/                   STG.E.EF.64 desc[UR8][R4.64], R4 ;
+        /*00e0*/               @P2 BRA `(.L_x_3) ;
+.L_x_4:
+        /*00f0*/                   LDS.128 R4, [R8] ;
+        /*0100*/               @P2 BRA `(.L_x_4) ;
+        /*0110*/               @P2 BRA `(.L_x_0) ;
+        /*0120*/                   EXIT ;
+"""
+
+
+def test_loops_over_rows_are_read():
+    """The softcap's branch is an option, the exponential none; outer loops and loops that move
+    nothing are left out."""
+    counted = kernel_sass.counts_by_kernel(ROWS)["rows"]
+    sums, gradient = counted["passes"]
+    assert (sums["words"], sums["all"], sums["LDGSTS"]) == (1, 10, {"128": 1})
+    mix = {name: sums["mix"][name] for name in ("all", "MUFU", "FMUL", "FADD")}
+    assert mix == {"all": 7, "MUFU": 1, "FMUL": 0, "FADD": 1}
+    assert (gradient["all"], gradient["STG"], gradient["LDGSTS"]) == (3, {"64": 1}, {})
+    assert "passes" not in kernel_sass.counts_by_kernel(LISTING)["first"]
 
 
 def test_an_unrolled_loop_is_one_without_a_loop():

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import kernel_head_model
+
 Row = dict[str, Any]
 Constants = dict[str, Any]
 ROW_KERNELS = {  # the wide part of what passes over rows do
     "attention_backward_prepare": {"LDG": 2},
     "attention_backward_round": {"STG": 1},
 }
+
+
+HEAD_PASSES = {"head_softmax": 3, "head_distillation": 5}  # sums; gradients, kept or read again
 
 
 def copies(values: int, own: Constants) -> int:
@@ -132,6 +137,39 @@ class Bars:
         self.equal("RED by width", self.sass["RED"], {})
         self.scalars(own, 1)
 
+    def head(self, own: Constants) -> None:
+        """Rows come through cp.async and leave in whole words; only options read anything else."""
+        passes = self.sass["passes"]
+        self.equal("loops over words", len(passes), HEAD_PASSES[own["kernel"]])
+        copying = [bool(one["LDGSTS"]) for one in passes]
+        kept = (len(passes) - 1) // 2
+        self.equal("loops that copy", copying.count(True), 1 + kept)
+        stored = {str(8 * own["gradient_bytes"])}
+        scalars = 0 if "plain" in own["instance"] else 3 - own["abreast"]  # bias, class weights
+        for number, one in enumerate(passes):
+            of = f"of loop {number + 1}"
+            self.equal(f"LDGSTS {of}, other than 16 bytes", one["LDGSTS"].keys() - {"128"}, set())
+            self.equal(f"STG {of}, other than a word", one["STG"].keys() - stored, set())
+            self.equal(f"LDG {of} wider than a scalar", one["LDG"].keys() - {"32"}, set())
+            self.at_most(
+                f"LDG {of}", sum(one["LDG"].values()), scalars * one["words"] * own["values"]
+            )
+            self.equal(f"untyped {of}", one["untyped"], 0)
+            moved = one["LDGSTS"].get("128", 0), one["STG"].get(min(stored), 0)
+            words = one["words"] if one["LDGSTS"] else 0, one["words"] // own["abreast"]
+            self.equal(f"words copied {of}", moved[0], words[0])
+            self.equal(f"words stored {of}", moved[1], words[1] if number else 0)
+
+    def head_speed(self, row: Row, own: Constants) -> None:
+        """Plain kernels leave the memory the busiest unit, everywhere that rows are held."""
+        for gpu in (kernel_head_model.H100, kernel_head_model.A100):
+            if row["arch"] != gpu.arch or "plain" not in own["instance"]:
+                continue
+            for classes in map(int, row["residency"]):
+                e = kernel_head_model.estimate(gpu, row, own, classes)
+                if e.slots > e.slots_allowed or e.mufu > e.mufu_allowed:
+                    self.missed.append(f"{classes} classes: slower than memory on {gpu.name}")
+
     def narrow(self, kernel: str) -> None:
         """Copies of rows, and passes over rows."""
         if "16-byte" in kernel:
@@ -148,17 +186,25 @@ def violations(row: Row, own: Constants) -> list[str]:
     """The bars that a row misses, whatever the compiler."""
     missed = [f"{n} is {row[n]}" for n in ("stack", "spill_stores", "spill_loads") if row[n] != 0]
     missed += [f"doesn't run on {d}" for d, blocks in row["blocks_per_sm"].items() if blocks < 1]
+    for classes, places in row.get("residency", {}).items():
+        nowhere = [d for d, place in places.items() if place["blocks_per_sm"] < 1]
+        missed += [f"doesn't run on {d} with {classes} classes" for d in nowhere]
     if "sass" not in row:
         return missed
     bars = Bars(row)
     bars.equal("loads and stores of local memory", bars.sass["local"], 0)
-    bars.equal("loads and stores of unknown memory", bars.sass["untyped"], 0)
+    if not (own["kernel"] in HEAD_PASSES and row["arch"] == "sm_90"):  # they read other blocks'
+        bars.equal("loads and stores of unknown memory", bars.sass["untyped"], 0)
     by_kernel = {
         "attention_forward": bars.forward,
         "attention_backward": bars.backward,
         "attention_backward_query": bars.query,
     }
-    if own["kernel"] in by_kernel:
+    if own["kernel"] in HEAD_PASSES:
+        bars.head(own)
+        if not bars.missed:
+            bars.head_speed(row, own)
+    elif own["kernel"] in by_kernel:
         by_kernel[own["kernel"]](own)
     else:
         bars.narrow(row["kernel"])

@@ -23,12 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import kernel_sass
+from kernel_devices import DEVICES
 
 TOOLS = Path(__file__).resolve().parent
 CSRC = TOOLS.parent
 ROOT = CSRC.parent
 CACHE = ROOT / "build/kernels"
 ARCHITECTURES = ("sm_80", "sm_90")
+VOCABULARIES = (32000, 128256, 151936, 256000)  # Llama 2, Llama 3, Qwen 3, Gemma
+ELEMENTS = {"fp32": "float", "bf16": "__nv_bfloat16", "fp16": "__half"}
 FLAGS = ("-std=c++17", "-O3", "-DNDEBUG")  # those of the release build
 AT_ONCE = 2
 
@@ -125,6 +128,22 @@ def digest_of(source: Path) -> str:
 # --- constants of the kernels ---------------------------------------------------------------------
 
 
+def head_calls(sources: list[Path]) -> list[str]:
+    """What prints the constants of the head's instances."""
+    calls = []
+    for source in sources:
+        named = re.fullmatch(r"(softmax|distillation)_(\w+)_(\w+)", source.stem)
+        if named is None:
+            continue
+        kernel, values, gradient = named.groups()
+        elements = ", ".join(f"{ELEMENTS[x]}" for x in (values, gradient))
+        kinds = ("false", "true") if kernel == "softmax" else ("",)
+        for kind in kinds:
+            arguments = ", ".join(filter(None, (elements, kind)))
+            calls.append(f'  print_{kernel}<{arguments}>("{values}/{gradient}");')
+    return calls
+
+
 def traits(sources: list[Path]) -> list[dict[str, Any]]:
     """Threads, shared memory and tiles of each kernel, printed by a program with its headers."""
     toolkit = headers()
@@ -139,6 +158,10 @@ def traits(sources: list[Path]) -> list[dict[str, Any]]:
     ]
     text = (TOOLS / "kernel_traits.cpp.in").read_text()
     text = text.replace("@attention_instances@", "\n".join(calls))
+    limits = [f'{{"{n}", {d.block_shared}, {d.cluster}}}' for n, d in DEVICES.items()]
+    text = text.replace("@devices@", ", ".join(limits))
+    text = text.replace("@vocabularies@", ", ".join(map(str, VOCABULARIES)))
+    text = text.replace("@head_instances@", "\n".join(head_calls(sources)))
     source, program = CACHE / "kernel_traits.cpp", CACHE / "kernel_traits"
     stamp = CACHE / "kernel_traits.digest"
     source.write_text(text)

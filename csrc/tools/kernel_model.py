@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import kernel_head_model
+
 NOTES = Path(__file__).resolve().parents[2] / "bench/NOTES.md"
 END = "<!-- end -->"
 UNITS = ("tensor", "issue", "fma", "alu", "mufu", "shared")
@@ -32,6 +34,7 @@ A100 = Gpu("A100", "sm_80", 108, 312, 8, 8, LANES_16)
 H100 = Gpu("H100", "sm_90", 132, 989, 4, 4 / 0.63, LANES_32)
 KINDS = [f"bf16 {d}/{d} {kind}" for d in (64, 128) for kind in ("plain", "modified")]
 TABLES = {"forward": [A100], "backward": [A100, H100]}
+SECTIONS = (*TABLES, "head rows", "head options", "head chunks", "head calls")
 
 
 def begin(name: str) -> str:
@@ -103,10 +106,13 @@ def table_lines(name: str, gpu: Gpu, table: list[dict[str, Any]]) -> list[str]:
     return [f"{gpu.name}:", "", *("| " + " | ".join(line) + " |" for line in lines), ""]
 
 
-def section(name: str, table: list[dict[str, Any]]) -> str:
-    """The tables of bench/NOTES.md, from the rows of budgets.json."""
-    lines = [line for gpu in TABLES[name] for line in table_lines(name, gpu, table)]
-    return "\n".join([begin(name), *lines[:-1], END])
+def section(name: str, table: list[dict[str, Any]], traits: dict[str, dict[str, Any]]) -> str:
+    """A section of bench/NOTES.md, from the rows of budgets.json and the kernels' constants."""
+    if name in TABLES:
+        lines = [line for gpu in TABLES[name] for line in table_lines(name, gpu, table)][:-1]
+    else:
+        lines = kernel_head_model.sections(table, traits)[name]
+    return "\n".join([begin(name), *lines, END])
 
 
 def written_section(name: str) -> str:
@@ -115,6 +121,7 @@ def written_section(name: str) -> str:
     return text[start : text.index(END, start) + len(END)]
 
 
-def write_sections(table: list[dict[str, Any]]) -> None:
-    for name in TABLES:
-        NOTES.write_text(NOTES.read_text().replace(written_section(name), section(name, table)))
+def write_sections(table: list[dict[str, Any]], traits: dict[str, dict[str, Any]]) -> None:
+    for name in SECTIONS:
+        found = section(name, table, traits)
+        NOTES.write_text(NOTES.read_text().replace(written_section(name), found))

@@ -68,7 +68,7 @@ def main() -> int:
             return 2
         text = kernel_table.table_text(report["kernels"], report["nvcc"], report["nvdisasm"])
         kernel_table.TABLE.write_text(text)
-        kernel_model.write_sections(report["kernels"])
+        kernel_model.write_sections(report["kernels"], report["traits"])
     lines = compare(report)
     print("\n".join(lines) or f"{len(report['kernels'])} kernels as in the table")
     print(

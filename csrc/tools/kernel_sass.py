@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 # What the main loop cannot do without: a branch around these is not taken.
 WORK = ("HMMA", "LDSM", "LDGSTS", "RED", "BAR")
+# The same of the head's loops over rows.
+ROW_WORK = ("LDS", "LDGSTS", "STG", "BAR")
 # Counted one by one in the main loop; the others together as "rest".
 NAMED = (
     *("HMMA", "LDSM", "LDGSTS", "LDS", "STS", "RED", "SHFL"),
     *("MUFU", "FFMA", "FMUL", "FADD", "FMNMX", "F2FP", "IMAD", "IADD3", "LOP3", "CS2R"),
 )
+ROW_MIX = ("MUFU", "FFMA", "FMUL", "FADD", "FMNMX", "FSEL", "F2FP", "IMAD", "LDS", "LDGSTS", "STG")
 # Counted in all of the main loop: a warp whose lanes disagree goes both ways of a branch.
 IN_LOOP = ("LDSM", "HMMA", "LDG", "STS", "RED")
 LOCAL = ("LDL", "STL")
@@ -100,7 +104,20 @@ def main_loop(code: Code) -> range | None:
     return min(loops, key=len, default=None)
 
 
-def shortest_round(code: Code, loop: range) -> list[Instruction]:
+def is_tile_work(skipped: list[Instruction]) -> bool:
+    return any(x.base in WORK for x in skipped)
+
+
+def is_row_work(skipped: list[Instruction]) -> bool:
+    """A softcap's tanh takes an exponential and a reciprocal; other exponentials are work."""
+    exponentials = sum(x.opcode.startswith("MUFU.EX2") for x in skipped)
+    reciprocals = sum(x.opcode.startswith("MUFU.RCP") for x in skipped)
+    return exponentials > reciprocals or any(x.base in ROW_WORK for x in skipped)
+
+
+def shortest_round(
+    code: Code, loop: range, is_work: Callable[[list[Instruction]], bool] = is_tile_work
+) -> list[Instruction]:
     """The shortest round of the loop that leaves out no work: without masks and modifiers."""
     rest = {loop.stop: 0}  # instructions from here to the end of the round
     following: dict[int, int] = {}
@@ -113,7 +130,7 @@ def shortest_round(code: Code, loop: range) -> list[Instruction]:
                 choices = []
             if to == loop.start:
                 choices.append(loop.stop)
-            elif not choices or not any(x.base in WORK for x in skipped):
+            elif not choices or not is_work(skipped):
                 choices.append(to)
         following[at] = min(choices, key=lambda i: rest[i])
         rest[at] = 1 + rest[following[at]]
@@ -124,18 +141,54 @@ def shortest_round(code: Code, loop: range) -> list[Instruction]:
     return passed
 
 
+def takes_words(code: Code, start: int, stop: int) -> bool:
+    inside = code.instructions[start:stop]
+    moves = any(x.base in ("LDGSTS", "STG") for x in inside)
+    return moves and any(x.base == "LDS" and x.bits == 128 for x in inside)
+
+
+def row_passes(code: Code) -> list[dict[str, Any]]:
+    """The loops that take a row's 16-byte words from shared memory: the head's, in code order.
+
+    `words` the words that a round takes, a thread; `all` its instructions; `mix` those of the
+    shortest round that leaves none of the words out: every option off.
+    """
+    loops = [
+        range(to, at + 1)
+        for at in range(len(code.instructions))
+        if (to := target(code, at)) is not None and to <= at and takes_words(code, to, at + 1)
+    ]
+    found = []
+    for loop in loops:
+        if any(other[0] in loop and other[-1] in loop for other in loops if other != loop):
+            continue  # around others: code that the compiler moved out of line
+        inside = [code.instructions[i] for i in loop]
+        words = widths(inside, "LDS")["128"]
+        every = Counter(x.base for x in inside)
+        least = Counter(x.base for x in shortest_round(code, loop, is_row_work))
+        found.append(
+            {
+                "words": words,
+                "all": len(inside),
+                **{base: widths(inside, base) for base in ("LDGSTS", "LDG", "LDS", "STG")},
+                "untyped": sum(every[base] for base in UNTYPED),
+                "mix": {"all": least.total(), **{base: least[base] for base in ROW_MIX}},
+            }
+        )
+    return found
+
+
+def widths(instructions: list[Instruction], base: str) -> dict[str, int]:
+    return dict(sorted(Counter(str(x.bits) for x in instructions if x.base == base).items()))
+
+
 def counts(code: Code) -> dict[str, Any]:
     every = Counter(x.base for x in code.instructions)
-
-    def widths(base: str) -> dict[str, int]:
-        return dict(
-            sorted(Counter(str(x.bits) for x in code.instructions if x.base == base).items())
-        )
 
     found: dict[str, Any] = {
         "instructions": len(code.instructions),
         **{base: every[base] for base in ("LDSM", "HMMA")},
-        **{base: widths(base) for base in ("LDGSTS", "LDG", "STG", "RED")},
+        **{base: widths(code.instructions, base) for base in ("LDGSTS", "LDG", "STG", "RED")},
         "local": sum(every[base] for base in LOCAL),
         "untyped": sum(every[base] for base in UNTYPED),
     }
@@ -146,6 +199,8 @@ def counts(code: Code) -> dict[str, Any]:
         path = Counter(x.base for x in shortest_round(code, loop))
         mix = {base: path[base] for base in NAMED}
         found["tile"] = {"all": path.total(), **mix, "rest": path.total() - sum(mix.values())}
+    elif passes := row_passes(code):
+        found["passes"] = passes
     return found
 
 

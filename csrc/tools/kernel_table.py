@@ -4,50 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kernel_build import Compiled
+from kernel_devices import DEVICES, RUNS_ON
 
 TABLE = Path(__file__).resolve().parent / "budgets.json"
 Row = dict[str, Any]
 Key = tuple[str, str]  # kernel and architecture
 
 
-# --- occupancy ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Multiprocessor:
-    """Limits of one SM: CUDA C++ Programming Guide, technical specifications by capability."""
-
-    threads: int
-    blocks: int
-    shared: int  # bytes of all blocks
-    block_shared: int  # bytes of one block, after asking for them
-    registers: int = 65536
-
-    def blocks_of(self, threads: int, registers: int, shared: int) -> int:
-        """Blocks that run on it at once, for registers a thread and shared bytes a block."""
-        if shared > self.block_shared:
-            return 0
-        warps = -(-threads // 32)
-        # A warp's registers come in units of 256 from its quarter of the register file.
-        warp_registers = -(-registers * 32 // 256) * 256
-        by_registers = 4 * (self.registers // 4 // warp_registers) // warps
-        # Each block takes 1 KB for the system and units of 128 bytes.
-        by_shared = self.shared // (-(-shared // 128) * 128 + 1024)
-        return min(self.blocks, self.threads // (32 * warps), by_registers, by_shared)
-
-
-DEVICES = {
-    "sm_80": Multiprocessor(2048, 32, 164 << 10, 163 << 10),
-    "sm_86": Multiprocessor(1536, 16, 100 << 10, 99 << 10),
-    "sm_89": Multiprocessor(1536, 24, 100 << 10, 99 << 10),
-    "sm_90": Multiprocessor(2048, 32, 228 << 10, 227 << 10),
-}
-RUNS_ON = {"sm_80": ("sm_80", "sm_86", "sm_89"), "sm_90": ("sm_90",)}
+# --- devices --------------------------------------------------------------------------------------
 
 
 def devices(arch: str, own: dict[str, Any]) -> list[str]:
@@ -64,7 +32,8 @@ def devices(arch: str, own: dict[str, Any]) -> list[str]:
 # --- rows -----------------------------------------------------------------------------------------
 
 
-DTYPES = {"13__nv_bfloat16": "bf16", "6__half": "fp16"}
+DTYPES = {"13__nv_bfloat16": "bf16", "6__half": "fp16", "f": "fp32"}
+ELEMENT = "|".join(DTYPES)
 TILES = re.compile(
     r"attention\d+(Forward|BackwardQuery|Backward)I\w*?TraitsI(13__nv_bfloat16|6__half)"
     r"Li(\d+)ELi(\d+)ELb([01])E(?:Lb([01])E)?"
@@ -93,13 +62,21 @@ def kernel_name(mangled: str) -> tuple[str, str, str]:
         return ("gather_rows", "scatter_rows")[int(found[1])], f"{found[2]}-byte", ""
     if "13BackwardSinks" in mangled:
         return "attention_backward_sinks", "", ""
+    found = re.search(rf"7SoftmaxI({ELEMENT})({ELEMENT}|S\d*_)Lb([01])E", mangled)
+    if found:
+        gradient = DTYPES[found[1 if found[2].startswith("S") else 2]]
+        kind = "modified" if found[3] == "1" else "plain"
+        return "head_softmax", "", f"{DTYPES[found[1]]}/{gradient} {kind}"
+    found = re.search(rf"12DistillationI({ELEMENT})E", mangled)
+    if found:
+        return "head_distillation", "", f"fp32/{DTYPES[found[1]]}"
     if "12TileSchedule" in mangled:
         return "tile_schedule", "", ""
     raise ValueError(f"kernel_table.py doesn't know the kernel {mangled}")
 
 
 def constants_of(kernel: str) -> str:
-    """The traits_key of a row's kernel: its name without the element."""
+    """The traits_key of a row's kernel: its name without an element of its own."""
     name, *words = kernel.split()
     if name.endswith("_rows"):
         return "rows"
@@ -155,10 +132,31 @@ def rows_of(compiled: list[Compiled], traits: list[dict[str, Any]]) -> list[Row]
             }
             if "rows" in own:
                 row["tile"] = [own["rows"], own["keys"]]
+            if "residency" in own:
+                row["residency"] = residency(unit.arch, own, report)
             if unit.sass is not None:
                 row["sass"] = unit.sass[mangled]
             rows.append(row)
     return sorted(rows, key=lambda row: (row["arch"], natural(row["kernel"])))
+
+
+def residency(arch: str, own: Row, report: dict[str, int]) -> Row:
+    """Where rows of the named vocabularies are held, by classes and device."""
+    found: Row = {}
+    for place in own["residency"]:
+        device = place["device"]
+        if device not in RUNS_ON[arch]:
+            continue
+        shared = report["static_shared"] + place["dynamic_shared"]
+        blocks = DEVICES[device].blocks_of(own["threads"], report["registers"], shared)
+        by_device = found.setdefault(str(place["classes"]), {})
+        by_device[device] = {
+            "cluster": place["cluster"],
+            "kept": place["kept"],
+            "dynamic_shared": place["dynamic_shared"],
+            "blocks_per_sm": blocks,
+        }
+    return found
 
 
 def natural(text: str) -> list[Any]:
