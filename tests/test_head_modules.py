@@ -76,6 +76,68 @@ def test_metrics_and_chunk_size_are_passed_on():
         make(p, chunk_size=0)(p.input, p.target)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("own", [True, False], ids=["with_linear", "weightless"])
+def test_weight_gradient_in_a_buffer(reduction, own):
+    p = problem(ignored=[3])
+    wanted = torch.autograd.grad(dense(p, reduction).sum(), p.leaves)
+    if own:
+        module = make(p, reduction=reduction, chunk_size=5)
+        weight, bias = module.linear.weight, module.linear.bias
+        weight.grad = torch.ones_like(weight)
+        loss = module(p.input, p.target, weight_grad=weight.grad)
+    else:
+        weight, bias = p.weight, p.bias
+        weight.grad = torch.ones_like(weight)
+        module = LinearCrossEntropy(reduction=reduction, chunk_size=5)
+        loss = module(p.input, weight, p.target, linear_bias=bias, weight_grad=weight.grad)
+    loss.sum().backward()
+    for ours, theirs in zip((p.input.grad, weight.grad - 1, bias.grad), wanted, strict=True):
+        assert_exact(ours, theirs)
+    with pytest.raises(ValueError, match="weight_grad must have size 23 in dimension 0"):
+        module(*(p.input, p.target) if own else (p.input, weight, p.target), weight_grad=wanted[0])
+
+
+def test_logprobs_weight_gradient_in_a_buffer():
+    p = problem(ignored=[3])
+    plain = vs.token_logprobs(p.input, p.weight, p.target).sum()
+    (wanted,) = torch.autograd.grad(plain, p.weight)
+    buffer = torch.zeros_like(wanted)
+    TokenLogProbs()(p.input, p.weight, p.target, weight_grad=buffer).sum().backward()
+    assert_exact(buffer, wanted)
+    assert p.weight.grad is None
+
+
+LOSSES = {
+    "with_linear": (
+        lambda p, **options: make(p, **options),
+        lambda module, p, **given: module(p.input, p.target, **given),
+    ),
+    "weightless": (
+        lambda p, **options: LinearCrossEntropy(**options),
+        lambda module, p, **given: module(p.input, p.weight, p.target, **given),
+    ),
+    "logprobs": (
+        lambda p, **options: TokenLogProbs(**options),
+        lambda module, p, **given: module(p.input, p.weight, p.target, **given),
+    ),
+}
+
+
+@pytest.mark.parametrize("build, call", LOSSES.values(), ids=LOSSES)
+def test_bound_dtype_and_validation_are_passed_on(build, call):
+    """Each refused by name where it can't be honoured."""
+    p = problem(dtype=torch.float32, ignored=[3])
+    with pytest.raises(ValueError, match="max_rows must bound .* 15 of them, got 14"):
+        call(build(p), p, max_rows=14)
+    assert torch.equal(call(build(p), p, max_rows=15), call(build(p), p))
+    with pytest.raises(ValueError, match="logits_dtype must be None, torch.float32"):
+        call(build(p, logits_dtype=torch.float16), p)
+    with pytest.raises(TypeError, match="validate must be a bool, got int"):
+        call(build(p, validate=1), p)
+    assert torch.equal(call(build(p, validate=True), p), call(build(p), p))
+
+
 @pytest.mark.parametrize("options", [{}, {"return_entropy": True}, {"return_stats": True}], ids=str)
 def test_logprobs_module(options):
     p = problem(ignored=[3])
@@ -133,6 +195,9 @@ def test_repr_says_what_torchs_says():
     assert ours.extra_repr().replace(" ", "") == theirs.replace(" ", "")
     more = LinearCrossEntropyLoss(9, 23, z_loss=0.5, chunk_size=7).extra_repr()
     assert more.endswith("options=None, z_loss=0.5, chunk_size=7")
+    more = LinearCrossEntropy(logits_dtype=torch.float16, validate=True).extra_repr()
+    assert more.endswith("options=None, logits_dtype=torch.float16, validate=True")
+    assert "logits_dtype=None, validate=False" in TokenLogProbs().extra_repr()
 
 
 @needs_torch

@@ -21,6 +21,7 @@ LAUNCH = 10e-6  # seconds a chunk costs besides
 STEP = 128  # rows; a tile's
 MOST = 4096  # rows: beyond it nothing is gained
 BUDGET = 1 << 30  # bytes of a chunk's logits
+PADDING = 64  # logits: a row of the buffer takes a multiple of them
 
 
 def chunk_seconds(rows: int, width: int, classes: int, itemsize: int = 4) -> float:
@@ -34,7 +35,9 @@ def chunk_seconds(rows: int, width: int, classes: int, itemsize: int = 4) -> flo
     )
     tiles = -(-rows // TILE[0]) * -(-width // TILE[1])
     waves = -(-tiles // PROCESSORS)
-    idle = waves * PROCESSORS / tiles if tiles > PROCESSORS else 1.0  # fewer tiles split V instead
+    idle = 1.0  # up to a wave of tiles, which split V instead
+    if tiles > PROCESSORS:
+        idle = waves * PROCESSORS * TILE[0] * TILE[1] / (rows * width)
     times = (work, work * idle, work)
     return LAUNCH + sum(max(t, b / BANDWIDTH) for t, b in zip(times, traffic, strict=True))
 
@@ -51,7 +54,8 @@ def chunk_rows(rows: int, width: int, classes: int, itemsize: int = 4, budget: i
     A multiple of 128 and at most 4096; of choices within 1 % of the fastest the smallest. Where not
     even 128 rows fit, as many as do, at least 1.
     """
-    most = min(MOST, budget // (classes * itemsize))
+    columns = -(-classes // PADDING) * PADDING
+    most = min(MOST, budget // (columns * itemsize))
     if most < STEP:
         return max(1, most)
     if rows <= STEP:

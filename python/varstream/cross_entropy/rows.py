@@ -32,9 +32,13 @@ class DeviceRows:
         return values.index_select(0, self.order)
 
     def scatter(self, compact: Tensor, fill: float = 0) -> Tensor:
-        """The inverse of ``gather``: (N, ...), ``fill`` in rows that have no place in the order."""
+        """The inverse of ``gather``: (N, ...), ``fill`` in rows that have no place in the order.
+
+        Floating values come poisoned.
+        """
         out = compact.new_full((self.total, *compact.shape[1:]), fill)
-        return out.index_copy_(0, self.order, compact)
+        out.index_copy_(0, self.order, compact)
+        return self.poison(out) if out.is_floating_point() else out
 
     def chunks(self, size: int) -> Iterator[slice]:
         """Pieces of the order of at most ``size`` rows, as even as possible.

@@ -21,6 +21,8 @@ _OURS: dict[str, Any] = {
     "temperature": 1.0,
     "z_loss": 0.0,
     "chunk_size": None,
+    "logits_dtype": None,
+    "validate": False,
     "return_metrics": False,
 }
 
@@ -41,24 +43,15 @@ class _CrossEntropy(nn.Module):
             setattr(self, name, value)
         self._keywords = tuple(keywords)
 
-    def _loss(
-        self,
-        input: Tensor,
-        linear_weight: Tensor,
-        target: Tensor,
-        linear_bias: Tensor | None,
-        token_weight: Tensor | None,
-        normalizer: int | float | Tensor | None,
-    ) -> Loss:
+    def _loss(self, input: Tensor, linear_weight: Tensor, target: Tensor, **given: Any) -> Loss:
+        """``given``: the keywords that come with each call."""
         return linear_cross_entropy(
             input,
             linear_weight,
             target,
-            linear_bias=linear_bias,
             weight=self.weight,
             reduction=self.reduction,
-            token_weight=token_weight,
-            normalizer=normalizer,
+            **given,
             **{name: getattr(self, name) for name in self._keywords},
         )
 
@@ -72,7 +65,8 @@ class LinearCrossEntropy(_CrossEntropy):
     """``linear_cross_entropy`` with its options fixed; the weight comes with each call.
 
     For a head that lives elsewhere, such as one tied to an embedding. The arguments are those of
-    ``linear_cross_entropy``, except that ``weight`` (V,), the class weights, is a buffer.
+    ``linear_cross_entropy``, except that ``weight`` (V,), the class weights, is a buffer. What
+    belongs to a batch comes with the call: ``max_rows`` and ``weight_grad`` too.
 
     Raises:
         TypeError, ValueError: as ``linear_cross_entropy``, for most arguments at the first call.
@@ -91,6 +85,8 @@ class LinearCrossEntropy(_CrossEntropy):
         z_loss: float = 0.0,
         options: Any = None,
         chunk_size: int | None = None,
+        logits_dtype: torch.dtype | None = None,
+        validate: bool = False,
         return_metrics: bool = False,
     ) -> None:
         keywords = {
@@ -102,6 +98,8 @@ class LinearCrossEntropy(_CrossEntropy):
             "z_loss": z_loss,
             "options": options,
             "chunk_size": chunk_size,
+            "logits_dtype": logits_dtype,
+            "validate": validate,
             "return_metrics": return_metrics,
         }
         super().__init__(weight, reduction, keywords)
@@ -115,9 +113,20 @@ class LinearCrossEntropy(_CrossEntropy):
         linear_bias: Tensor | None = None,
         token_weight: Tensor | None = None,
         normalizer: int | float | Tensor | None = None,
+        max_rows: int | None = None,
+        weight_grad: Tensor | None = None,
     ) -> Loss:
         """The loss of ``input`` (N, d) under ``linear_weight`` (V, d); see the function."""
-        return self._loss(input, linear_weight, target, linear_bias, token_weight, normalizer)
+        return self._loss(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            token_weight=token_weight,
+            normalizer=normalizer,
+            max_rows=max_rows,
+            weight_grad=weight_grad,
+        )
 
 
 class LinearCrossEntropyLoss(_CrossEntropy):
@@ -158,6 +167,8 @@ class LinearCrossEntropyLoss(_CrossEntropy):
         temperature: float = 1.0,
         z_loss: float = 0.0,
         chunk_size: int | None = None,
+        logits_dtype: torch.dtype | None = None,
+        validate: bool = False,
         return_metrics: bool = False,
     ) -> None:
         if tuple(out_features) != ():
@@ -176,6 +187,8 @@ class LinearCrossEntropyLoss(_CrossEntropy):
             "z_loss": z_loss,
             "options": options,
             "chunk_size": chunk_size,
+            "logits_dtype": logits_dtype,
+            "validate": validate,
             "return_metrics": return_metrics,
         }
         super().__init__(weight, reduction, keywords)
@@ -190,10 +203,24 @@ class LinearCrossEntropyLoss(_CrossEntropy):
         *,
         token_weight: Tensor | None = None,
         normalizer: int | float | Tensor | None = None,
+        max_rows: int | None = None,
+        weight_grad: Tensor | None = None,
     ) -> Loss:
-        """The loss of ``input`` (N, in_features) for ``target`` (N,) or (N, K)."""
-        linear = self.linear
-        return self._loss(input, linear.weight, target, linear.bias, token_weight, normalizer)
+        """The loss of ``input`` (N, in_features) for ``target`` (N,) or (N, K).
+
+        With ``weight_grad`` (num_classes, in_features), such as ``linear.weight.grad``, the
+        backward adds the weight's gradient there.
+        """
+        return self._loss(
+            input,
+            self.linear.weight,
+            target,
+            linear_bias=self.linear.bias,
+            token_weight=token_weight,
+            normalizer=normalizer,
+            max_rows=max_rows,
+            weight_grad=weight_grad,
+        )
 
     def extra_repr(self) -> str:
         own = {
@@ -218,6 +245,8 @@ class TokenLogProbs(nn.Module):
         temperature: float = 1.0,
         ignore_index: int = -100,
         chunk_size: int | None = None,
+        logits_dtype: torch.dtype | None = None,
+        validate: bool = False,
         return_entropy: bool = False,
         return_stats: bool = False,
     ) -> None:
@@ -227,6 +256,8 @@ class TokenLogProbs(nn.Module):
         self.temperature = temperature
         self.ignore_index = ignore_index
         self.chunk_size = chunk_size
+        self.logits_dtype = logits_dtype
+        self.validate = validate
         self.return_entropy = return_entropy
         self.return_stats = return_stats
 
@@ -237,6 +268,8 @@ class TokenLogProbs(nn.Module):
         target: Tensor,
         *,
         linear_bias: Tensor | None = None,
+        max_rows: int | None = None,
+        weight_grad: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor] | TokenStats:
         """Log-probabilities of ``target`` under ``linear_weight`` (V, d); see the function."""
         return token_logprobs(
@@ -249,11 +282,16 @@ class TokenLogProbs(nn.Module):
             temperature=self.temperature,
             ignore_index=self.ignore_index,
             chunk_size=self.chunk_size,
+            max_rows=max_rows,
+            logits_dtype=self.logits_dtype,
+            weight_grad=weight_grad,
+            validate=self.validate,
             return_entropy=self.return_entropy,
             return_stats=self.return_stats,
         )
 
     def extra_repr(self) -> str:
-        names = ("logit_scale", "softcap", "temperature", "ignore_index", "chunk_size")
-        shown = {name: getattr(self, name) for name in (*names, "return_entropy", "return_stats")}
+        names = ["logit_scale", "softcap", "temperature", "ignore_index", "chunk_size"]
+        names += ["logits_dtype", "validate", "return_entropy", "return_stats"]
+        shown = {name: getattr(self, name) for name in names}
         return ", ".join(f"{name}={value}" for name, value in shown.items())

@@ -10,10 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from varstream._checks import is_compiling
 from varstream.ops._head import HeadCall, OnceOnly, check_weight_grad
 from varstream.ops._token_logprobs import NAME, row_values
 from varstream.reference.cross_entropy import Scales
 from varstream.reference.token_logprobs import RowGradients, RowValues, Wanted
+
+# Leads the backward here where neither input nor bias is trained; made once, for a compiled graph
+# can't make a leaf. It never gets a gradient.
+_LEAD = torch.zeros((), device="cpu", requires_grad=True)
 
 
 class Summed(NamedTuple):
@@ -37,9 +42,30 @@ def accumulating_values(
         linear_weight=weight,
         linear_bias=None if call.linear_bias is None else call.linear_bias.detach(),
     )
-    # Something must lead the backward here where neither input nor bias is trained.
-    anchor = weight_grad.new_zeros(()).requires_grad_(torch.is_grad_enabled())
-    return RowValues(*_Accumulating.apply(*operands, anchor, kept, class_weight, want, weight_grad))
+    _check_disjoint(weight_grad, kept)
+    return RowValues(*_Accumulating.apply(*operands, _LEAD, kept, class_weight, want, weight_grad))
+
+
+def _check_disjoint(weight_grad: Tensor, call: HeadCall) -> None:
+    """Refuse a buffer over an operand, which is read after the first chunk is added."""
+    operands = {
+        "input": call.input,
+        "linear_weight": call.linear_weight,
+        "linear_bias": call.linear_bias,
+    }
+    begin, end = _addresses(weight_grad)
+    for name, other in operands.items():
+        first, last = _addresses(other)
+        if max(begin, first) < min(end, last):
+            raise ValueError(f"weight_grad must not share memory with {name}, but it does")
+
+
+def _addresses(t: Tensor | None) -> tuple[int, int]:
+    """First and one-past-last byte address; an empty range where there is none to look at."""
+    if t is None or is_compiling() or t.is_meta or type(t) is not Tensor or t.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
 def accumulating_sum(weight_grad: Tensor, call: HeadCall, scales: Scales, metrics: bool) -> Summed:
@@ -67,7 +93,7 @@ class _Accumulating(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         bias: Tensor | None,
-        anchor: Tensor,
+        lead: Tensor,
         call: HeadCall,
         class_weight: Tensor | None,
         want: Wanted,
@@ -80,16 +106,21 @@ class _Accumulating(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*fixed)
         entropy = values.entropy if want.entropy else None
-        ctx.save_for_backward(
-            call.input, call.linear_weight, call.linear_bias, call.target, class_weight, entropy
-        )
-        ctx.scalars, ctx.weight_grad = call[4:], weight_grad
+        operands = call.input, call.linear_weight, call.linear_bias, call.target
+        ctx.save_for_backward(*operands, class_weight, entropy, values.logp)
+        ctx.scalars, ctx.want, ctx.weight_grad = call[4:], want, weight_grad
         return tuple(values)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, bias, target, class_weight, entropy = ctx.saved_tensors
-        wanted = RowGradients(*upstream[:4])
+        x, weight, bias, target, class_weight, entropy, output = ctx.saved_tensors
+        logp, entropy_grad, lse, class_sum = upstream[:4]
+        wanted = RowGradients(  # a compiled graph has zeros for results that are empty
+            logp,
+            entropy_grad if ctx.want.entropy else None,
+            lse,
+            class_sum if ctx.want.class_sum else None,
+        )
         if all(part is None for part in wanted):
             return (None,) * 7
         needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
@@ -107,15 +138,13 @@ class _Accumulating(torch.autograd.Function):
                 ctx.weight_grad,
             )
         given = (
-            _once(grad.to(x.dtype), upstream) if need else None
+            _once(grad.to(x.dtype), output) if need else None
             for need, grad in zip(needs, (dx, dbias), strict=True)
         )
         return *given, None, None, None, None, None
 
 
-def _once(grad: Tensor, upstream: tuple[Tensor | None, ...]) -> Tensor:
-    """Under ``create_graph=True`` a gradient whose own derivative is refused."""
-    if not torch.is_grad_enabled():
-        return grad
-    anchor = next(part for part in upstream if part is not None)
-    return OnceOnly.apply(NAME, grad, anchor)
+def _once(grad: Tensor, output: Tensor) -> Tensor:
+    """Under ``create_graph=True`` a gradient whose own derivative is refused: ``output`` leads back
+    to what one would differentiate by."""
+    return OnceOnly.apply(NAME, grad, output) if torch.is_grad_enabled() else grad
