@@ -7,6 +7,7 @@ import pytest
 import torch
 from emulation import emulated
 from head_cases import REDUCTIONS, Problem, dense, loss_of, options_of, problem
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import varstream as vs
@@ -81,6 +82,24 @@ def test_logprobs_compiled_whole():
     backward(total(p.input, p.weight, p.target, buffer))
     assert_exact(buffer, wanted[1])
     assert_exact(p.input.grad, wanted[0])
+
+
+def test_nothing_recompiles_after_the_second_number_of_rows():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def call(x, weight, bias, target, buffer):
+        return vs.linear_cross_entropy(
+            x, weight, target, linear_bias=bias, weight_grad=buffer, max_rows=40
+        )
+
+    for rows in (16, 5, 9, 12, 33):
+        p = problem(rows, ignored=[3])
+        buffer = torch.zeros(23, 9, dtype=torch.float64)
+        backward(call(p.input, p.weight, p.bias, p.target, buffer))
+        assert_exact(buffer, gradients(p.dense_loss("mean"), p)[1])
+    assert counter.frame_count <= 2
 
 
 # --- memory ---------------------------------------------------------------------------------------
