@@ -42,7 +42,7 @@ struct PairSums {
 
 struct DivergenceSums {
   float student = 0.0f;  // sum of p (log p - log m)
-  float teacher = 0.0f;  // sum of q (log q - log m); log p for log m where beta is 0
+  float teacher = 0.0f;  // sum of q (log q - log m); log p for log m in kForward
 
   VARSTREAM_DEVICE void join(const DivergenceSums& other) {
     student += other.student, teacher += other.teacher;
@@ -60,14 +60,14 @@ struct Chance {
 
 // m never becomes a sum of exponentials: with d = log q - log p, log m - log p is
 // log1p(beta expm1(d)), and the like from q where d is positive, so equal p and q leave exactly 0.
-VARSTREAM_DEVICE Chance chance_of(float logp, float logq, float beta) {
+VARSTREAM_DEVICE Chance chance_of(float logp, float logq, Divergence divergence, float beta) {
   Chance c{exp_approx(logp), exp_approx(logq), 0.0f, 0.0f};
   if (c.p == 0.0f && c.q == 0.0f) return c;
   const float d = logq - logp;
   float to_p, to_q;  // log m - log p, log m - log q
-  if (beta == 0.0f) {
+  if (divergence == Divergence::kForward) {
     to_p = 0.0f, to_q = -d;
-  } else if (beta == 1.0f) {
+  } else if (divergence == Divergence::kReverse) {
     to_p = d, to_q = 0.0f;
   } else if (d <= 0.0f) {
     to_p = log1pf(beta * expm1f(d)), to_q = to_p - d;
@@ -124,7 +124,7 @@ struct Distillation {
     pair.logq = {base_of(sums.teacher.top), logf(sums.teacher.total)};
     const float upstream = p.dloss == nullptr ? 1.0f : p.dloss[row];
     // Without a mixture the gradient doesn't wait for the divergence.
-    const bool together = p.beta == 0.0f;
+    const bool together = p.divergence == Divergence::kForward;
     DivergenceSums found;
     again(pair, [&](int32_t first) {
       float g[kStepWords][kValues];
@@ -140,12 +140,11 @@ struct Distillation {
     found = join_cluster(found, thread, p.residency.cluster, kDivergenceAt);
     if (p.residency.cluster > 1) ptx::cluster_arrive();  // this block has read the others' sums
     if (rank == 0 && thread == 0) {
-      p.losses[row] = p.beta == 0.0f   ? found.teacher
-                      : p.beta == 1.0f ? found.student
-                                       : (1.0f - p.beta) * found.student + p.beta * found.teacher;
+      p.losses[row] = loss_of(p, found);
     }
     if (!together && p.gradient) {
-      const float share = upstream * (p.beta == 1.0f ? 1.0f : 1.0f - p.beta);
+      const bool mixture = p.divergence == Divergence::kMixture;
+      const float share = upstream * (mixture ? 1.0f - p.beta : 1.0f);
       again(pair, [&](int32_t first) {
         float g[kStepWords][kValues];
         VARSTREAM_UNROLL
@@ -161,6 +160,12 @@ struct Distillation {
       ptx::sync_warp();
       ptx::cluster_wait();  // before its own shared memory goes
     }
+  }
+
+  static VARSTREAM_DEVICE float loss_of(const Params& p, const DivergenceSums& found) {
+    if (p.divergence == Divergence::kForward) return found.teacher;
+    if (p.divergence == Divergence::kReverse) return found.student;
+    return (1.0f - p.beta) * found.student + p.beta * found.teacher;
   }
 
   static VARSTREAM_DEVICE RowWords
@@ -266,7 +271,7 @@ struct Distillation {
       if (column >= p.classes) continue;
       const Logit z = logit_of<true>(student[i], column, p.student_logits);
       const Logit y = logit_of<true>(teacher[i], column, p.teacher_logits);
-      visit(i, chance_of(pair.logp(z.z), pair.logq(y.z), p.beta), z.slope);
+      visit(i, chance_of(pair.logp(z.z), pair.logq(y.z), p.divergence, p.beta), z.slope);
     }
   }
 

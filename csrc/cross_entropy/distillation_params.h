@@ -8,6 +8,12 @@
 
 namespace varstream::cross_entropy {
 
+enum class Divergence {
+  kForward,  // KL(teacher || student)
+  kReverse,  // KL(student || teacher)
+  kMixture,  // Jensen-Shannon divergence with weight beta of the teacher
+};
+
 struct DistillationParams {
   float* student;        // (rows, row_stride), as SoftmaxParams::values
   const float* teacher;  // (rows, row_stride)
@@ -16,7 +22,8 @@ struct DistillationParams {
   int64_t first_row;
   const int64_t* count;
   LogitMap student_logits, teacher_logits;
-  float beta;           // 0 KL(teacher || student), 1 KL(student || teacher), between them JSD
+  Divergence divergence;
+  float beta;           // of kMixture, inside (0, 1)
   const float* dloss;   // (rows,) upstream gradient of a row's loss, null: ones
   float* losses;        // (rows,), 0 for rows that take no part
   bool gradient;        // whether the student's gradient replaces its values

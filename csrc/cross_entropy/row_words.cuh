@@ -51,7 +51,8 @@ VARSTREAM_DEVICE Vec<Count* static_cast<int>(sizeof(Element))> pack_word(const f
 }
 
 // The words [begin, end) of a row; thread t of the block takes begin + t, begin + t +
-// kRowThreads... Each thread copies and reads its own slots only, so none of this needs a barrier.
+// kRowThreads... Each thread copies and reads its own slots only, so none of this needs a barrier:
+// a slot of the ring is read before its next copy is issued, and a thread's accesses are in order.
 struct RowWords {
   const Vec<kWordBytes>* row;  // in global memory
   Vec<kWordBytes>* slots;      // in shared memory, word i of a thread at slots[i * kRowThreads]

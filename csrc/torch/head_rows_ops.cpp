@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -154,6 +156,9 @@ void softmax_rows_(Tensor logits,
              data_of<float>(shard_given, "shard_given", logits, kFloat, {rows, kRowGiven})};
   VARSTREAM_CHECK((p.shard.sums == nullptr) == (p.shard.target_z == nullptr),
                   "shard_sums and shard_target_z must be given together");
+  VARSTREAM_CHECK(p.shard.given == nullptr || (p.shard.sums == nullptr && !logp && !lse &&
+                                               !entropy && !class_sum && !log_sum_sq && !argmax),
+                  "shard_given excludes every result: nothing but the gradient is formed");
   p.gradient = gradient.has_value();
   if (rows == 0) return;
   on_device(logits,
@@ -205,7 +210,12 @@ void distillation_rows_(Tensor student,
                                teacher_logit_scale,
                                teacher_softcap,
                                temperature);
-  p.beta = static_cast<float>(beta);
+  using cross_entropy::Divergence;
+  p.divergence = beta == 0   ? Divergence::kForward
+                 : beta == 1 ? Divergence::kReverse
+                             : Divergence::kMixture;
+  constexpr float kLeast = std::numeric_limits<float>::min();  // rounding must not leave (0, 1)
+  p.beta = std::clamp(static_cast<float>(beta), kLeast, std::nextafter(1.0f, 0.0f));
   p.dloss = vector(dloss, "dloss", rows);
   p.losses = vector(losses, "losses", rows);
   p.gradient = gradient.has_value();

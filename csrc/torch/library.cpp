@@ -8,6 +8,12 @@
 #include "torch/attention_schema.h"
 #include "torch/head_rows_schema.h"
 
+// What comes after q, k and v in attention with relative bias, in order.
+#define VARSTREAM_RELATIVE_OPTIONS                                                   \
+  "Tensor cu_seqlens, Tensor buckets, Tensor? table, Tensor? key_table, "            \
+  "Tensor? query_table, Tensor? rng_state, SymInt max_seqlen, float softmax_scale, " \
+  "float dropout_p, bool deterministic"
+
 // The arguments that the head's operators share, in order, and which gradients are wanted.
 #define VARSTREAM_HEAD_ARGS                                                  \
   "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, " \
@@ -34,6 +40,13 @@ STABLE_TORCH_LIBRARY(varstream, m) {
         ", " VARSTREAM_ATTENTION_BWD_BUFFERS ") -> Tensor dq");
   m.def("varlen_attention_bwd_accumulate_composed(" VARSTREAM_ATTENTION_BWD_ARGS
         ", " VARSTREAM_ATTENTION_BWD_BUFFERS ") -> Tensor dq");
+  // With bias by relative position. A table's gradient that is not needed comes back empty.
+  m.def("relative_attention(Tensor q, Tensor k, Tensor v, " VARSTREAM_RELATIVE_OPTIONS
+        ") -> Tensor out");
+  m.def("relative_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, "  //
+        VARSTREAM_RELATIVE_OPTIONS
+        ", bool need_table_grads) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dtable, "
+        "Tensor dkey_table, Tensor dquery_table)");
 
   // The head: logits never exist as a whole. target (N,) or (N, K).
   m.def("linear_cross_entropy(" VARSTREAM_HEAD_ARGS
@@ -81,7 +94,7 @@ STABLE_TORCH_LIBRARY(varstream, m) {
       "linear_distillation(Tensor input, Tensor linear_weight, Tensor? linear_bias, "
       "Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, Tensor? mask, "
       "Tensor? token_weight, float beta, float temperature, float logit_scale, float softcap, "
-      "float teacher_logit_scale, float teacher_softcap, SymInt chunk_size, "
+      "float teacher_logit_scale, float teacher_softcap, SymInt chunk_size, SymInt? max_rows, "
       "bool need_input_grad, bool need_weight_grad, bool need_bias_grad) -> "
       "(Tensor losses, Tensor loss_sum, Tensor valid_count, Tensor dinput, Tensor dweight, "
       "Tensor dbias)");

@@ -12,7 +12,7 @@ from varstream.cross_entropy.chunk_rule import BUDGET, chunk_rows
 from varstream.cross_entropy.gradients import Gradients
 from varstream.cross_entropy.products import ChunkBuffer
 from varstream.cross_entropy.rows import DeviceRows, select_rows
-from varstream.reference.head import Head
+from varstream.reference.head import Chunking, Head
 
 
 def linear_distillation(
@@ -23,21 +23,25 @@ def linear_distillation(
     mask: Tensor | None,
     token_weight: Tensor | None,
     beta: float,
-    chunk_size: int,
+    chunking: Chunking,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Arguments and results as the reference's; the chunk's two buffers share the memory budget."""
+    max_rows = chunking.max_rows
     if mask is None:
         mask = torch.ones(x.shape[:1], dtype=torch.bool, device=x.device)
-    rows = select_rows(mask, None)
+        max_rows = x.shape[0] if max_rows is None else max_rows
+    rows = select_rows(mask, max_rows)
     classes, width = student.weight.shape
-    size = chunk_size or chunk_rows(rows.bound, width, classes, budget=BUDGET // 2)
+    size = chunking.chunk_size or chunk_rows(rows.bound, width, classes, budget=BUDGET // 2)
     largest = rows.largest_chunk(size)
     grads = Gradients(x, student.weight, rows, needs)
     ours = ChunkBuffer(largest, classes, x, torch.float32)
     theirs = ChunkBuffer(largest, classes, y, torch.float32)
     losses = x.new_zeros((rows.bound,), dtype=torch.float32)
-    weight = None if token_weight is None else rows.gather(token_weight.float())
+    weight = None
+    if token_weight is not None:
+        weight = rows.gather(torch.where(mask, token_weight.float(), 0))
     pair = _Pair(student, teacher, beta, x.dtype if any(needs) else None, rows)
     x, y = x.contiguous(), y.contiguous()
     for part in rows.chunks(size):
@@ -48,7 +52,7 @@ def linear_distillation(
         if any(needs):
             grads.add(part, x_c, ours.gradient(x_c.shape[0]))
     loss_sum = losses.sum() if weight is None else (losses * weight).sum()
-    return rows.scatter(losses), loss_sum, rows.count, *grads.result()
+    return rows.scatter(losses), rows.poison(loss_sum), rows.count, *grads.result()
 
 
 class _Pair:

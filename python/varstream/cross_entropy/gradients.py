@@ -41,7 +41,17 @@ class Gradients:
         if self.need_input:
             found = torch.empty_like(x)
             product_out(g, self.weight_operand, found)
-            self.input.index_copy_(0, self.rows.order[part], found)
+            self._place(part, found)
+        self._add_classes(x, g)
+
+    def _place(self, part: slice, found: Tensor) -> None:
+        """The input's gradient (C, d) of rows ``part`` of the order goes where they stand."""
+        # A skipped row's product is 0 times a weight that may be infinite.
+        found.masked_fill_(self.rows.index[part, None] < 0, 0)
+        self.input.index_copy_(0, self.rows.order[part], found)
+
+    def _add_classes(self, x: Tensor, g: Tensor) -> None:
+        """A chunk's part of the gradients of weight and bias."""
         if self.need_weight:
             product_out(g.t(), x, self.weight, beta=0 if self.fresh else 1)
             self.fresh = False
@@ -52,4 +62,6 @@ class Gradients:
         """The three of them, to be called once."""
         if self.need_weight and self.fresh:  # no chunk came
             self.weight.zero_()
+        for gradient in (self.input, self.weight, self.bias):
+            self.rows.poison_(gradient)
         return self.input, self.weight, self.bias

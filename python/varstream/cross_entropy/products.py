@@ -14,7 +14,8 @@ _ALIGNMENT = 64  # columns: rows of the buffer start on whole cache lines
 def product_out(a: Tensor, b: Tensor, out: Tensor, beta: int = 0) -> None:
     """``out = beta * out + a b`` in the dtype of ``out``: that of a and b, or float32.
 
-    Sums are in float32 either way. A GPU widens what it writes only, others the operands.
+    Sums into float32 are in float32: a GPU widens what it writes only, elsewhere the operands are.
+    Others follow torch's ``allow_bf16_reduced_precision_reduction`` as a plain product does.
     """
     if out.dtype != a.dtype and not out.is_cuda:
         a, b = a.to(out.dtype), b.to(out.dtype)

@@ -1,4 +1,4 @@
-"""Which rows of the head take part, chosen on the device: the host never waits for it.
+"""Which rows of the head take part, chosen on the device: the device never waits for the host.
 
 Rows that take part come first, in their order, then the others. A chunk is a piece of that order,
 gathered into a small copy; rows past the count are zeros there and are skipped by the row kernels.
@@ -65,6 +65,11 @@ class DeviceRows:
             return values
         return torch.where(self.count > self.bound, torch.nan, values)
 
+    def poison_(self, gradients: Tensor) -> None:
+        """The same for a gradient, in place and in one element: enough to stop a training step."""
+        if self.exact and gradients.numel() > 0:
+            gradients.view(-1)[:1] += torch.where(self.count > self.bound, torch.nan, 0.0)
+
 
 def select_rows(mask: Tensor, max_rows: int | None) -> DeviceRows:
     """Rows where ``mask`` (N,) holds; the caller knows that they are at most ``max_rows``."""
@@ -85,13 +90,14 @@ class _HostCount:
         self.event: torch.cuda.Event | None = None
         if not count.is_cuda:
             return
-        if torch.cuda.is_current_stream_capturing():
-            self.value = None
-            return
-        self.value = torch.empty((), dtype=count.dtype, pin_memory=True)
-        self.value.copy_(count, non_blocking=True)
-        self.event = torch.cuda.Event()
-        self.event.record()
+        with torch.cuda.device(count.device):  # stream and event are those of the rows' device
+            if torch.cuda.is_current_stream_capturing():
+                self.value = None
+                return
+            self.value = torch.empty((), dtype=count.dtype, pin_memory=True)
+            self.value.copy_(count, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
 
     def known(self) -> float:
         """The number; infinity where nobody may wait for it."""

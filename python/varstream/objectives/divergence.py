@@ -32,6 +32,7 @@ def distillation(
     normalizer: Normalizer = None,
     reduction: str = "mean",
     chunk_size: int | None = None,
+    max_rows: int | None = None,
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence between two linear heads, without an ``(N, V)`` tensor.
 
@@ -65,7 +66,8 @@ def distillation(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``.
         chunk_size: rows per chunk. There are two ``(chunk_size, V)`` buffers, student's and
             teacher's, so the default is half that of ``vs.linear_cross_entropy``: 256 on the CPU,
-            1024 on a GPU, fewer where the two would pass 256 MiB or 1 GiB (at least 32).
+            on a GPU the fastest by a model; fewer where the two would pass 256 MiB or 1 GiB.
+        max_rows: the caller's bound on the rows in ``mask``, as in ``vs.linear_cross_entropy``.
 
     Returns:
         Scalar, or ``(N,)`` for ``"none"``, in float32 (float64 for float64 inputs). Without rows
@@ -101,6 +103,7 @@ def distillation(
             teacher_logit_scale,
             teacher_softcap,
             AUTO_CHUNK if chunk_size is None else check_int("chunk_size", chunk_size, low=1),
+            max_rows,
         )
     )
     losses, loss_sum, count = divergences(call, summed=reduction != "none")

@@ -24,6 +24,7 @@ from varstream.reference.head import Chunking, Head
 from varstream.reference.head_rows import check_targets
 
 REDUCTIONS = ("mean", "sum", "none")
+MOST_TARGETS = 1024  # of a row, in the CUDA kernels
 AUTO_CHUNK = 0  # the op's word for "choose the chunk size"
 
 
@@ -83,6 +84,10 @@ def check_head(
     check_same_dtype(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
     _check_target(target, rows, device)
     ignore_index = _check_ignore_index(ignore_index, target.dtype)
+    logit_scale = check_float("logit_scale", logit_scale)
+    softcap = check_float("softcap", softcap, low=0.0)
+    temperature = check_positive("temperature", temperature)
+    check_factors(acc_dtype(input.dtype), logit_scale, softcap, temperature)
     check_bool("validate", validate)
     if validate:
         check_targets(target, ignore_index, classes)
@@ -92,9 +97,9 @@ def check_head(
         linear_bias,
         target,
         ignore_index,
-        check_float("logit_scale", logit_scale),
-        check_float("softcap", softcap, low=0.0),
-        check_positive("temperature", temperature),
+        logit_scale,
+        softcap,
+        temperature,
         AUTO_CHUNK if chunk_size is None else check_int("chunk_size", chunk_size, low=1),
         None if max_rows is None else check_int("max_rows", max_rows, low=0),
         _check_logits_dtype(logits_dtype, input.dtype),
@@ -109,6 +114,21 @@ def check_weight_grad(value: Any, weight: Tensor) -> None:
         raise ValueError(f"weight_grad must be contiguous (V, d), got strides {value.stride()}")
     if value.requires_grad:
         raise ValueError("weight_grad must not require gradients, got requires_grad=True")
+
+
+def check_factors(acc: torch.dtype, logit_scale: float, softcap: float, temperature: float) -> None:
+    """Refuse factors of the logits that the accumulation dtype can't hold."""
+    limits = torch.finfo(acc)
+    for factor in (
+        logit_scale / (softcap if softcap > 0 else temperature),
+        logit_scale / temperature,
+        softcap / temperature,
+    ):
+        if factor != 0 and not limits.tiny <= abs(factor) <= limits.max:
+            raise ValueError(
+                f"logit_scale, softcap and temperature must combine to factors that {acc} holds, "
+                f"got {logit_scale}, {softcap} and {temperature}"
+            )
 
 
 def _check_logits_dtype(value: Any, dtype: torch.dtype) -> torch.dtype | None:
@@ -130,6 +150,10 @@ def _check_target(target: Any, rows: int, device: torch.device) -> None:
             f"not supported, got {str(target.dtype).removeprefix('torch.')}"
         )
     check_tensor("target", target, dtypes=INTEGERS, device=device)
+    if device.type == "cuda" and target.dim() == 2 and target.shape[1] > MOST_TARGETS:
+        raise ValueError(
+            f"target must have at most {MOST_TARGETS} columns on CUDA, got {target.shape[1]}"
+        )
     shape = tuple(target.shape)
     if target.dim() not in (1, 2):
         raise ValueError(f"target must have 1 or 2 dimensions {layout}, got shape {shape}")
@@ -206,6 +230,15 @@ class OnceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         refuse_second_derivative(ctx.name)
+
+
+def scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """A finished gradient times the upstream scalar in ``dtype``, read and written once; in place
+    where that may be."""
+    with torch.no_grad():
+        if grad.dtype != dtype:
+            return torch.mul(grad, upstream, out=torch.empty_like(grad, dtype=dtype))
+        return grad.mul_(upstream) if may_overwrite(grad) else grad * upstream
 
 
 def may_overwrite(saved: Tensor) -> bool:

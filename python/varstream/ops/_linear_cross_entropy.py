@@ -15,7 +15,7 @@ from torch import Tensor
 from varstream import _load
 from varstream._checks import acc_dtype
 from varstream.cross_entropy import loss
-from varstream.ops._head import HeadCall, OnceOnly, direct_call, may_overwrite
+from varstream.ops._head import HeadCall, OnceOnly, direct_call, scaled
 from varstream.ops._token_logprobs import HEAD_ARGS, gradient_fakes
 from varstream.reference import cross_entropy as reference
 from varstream.reference.cross_entropy import Loss, Scales
@@ -96,8 +96,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
 
 def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype, total: Tensor) -> Tensor:
     """A finished gradient times the upstream scalar, in place when nobody can ask for it again."""
-    with torch.no_grad():
-        grad = (grad.mul_(upstream) if may_overwrite(grad) else grad * upstream).to(dtype)
+    grad = scaled(grad, upstream, dtype)
     # Under create_graph=True; total leads back to the op's inputs without keeping them alive.
     return OnceOnly.apply(NAME, grad, total) if torch.is_grad_enabled() else grad
 

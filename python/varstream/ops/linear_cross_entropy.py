@@ -135,17 +135,18 @@ def linear_cross_entropy(
             logits would pass 256 MiB; on a GPU what ``varstream.cross_entropy.chunk_rule`` finds
             best, at most 4096 rows and 1 GiB. The result doesn't depend on it beyond rounding.
         max_rows: the caller's bound on the rows with a valid target. A GPU then walks that many
-            rows and copies nothing to the host; without it the walk ends with the last of them,
-            whose number is looked at while the first chunk is at work. Where more rows have one,
-            the loss is NaN on a GPU and an error on the CPU.
+            rows and copies nothing to the host; without it the walk ends with the last of them:
+            before the second chunk the host waits for their number, while the GPU works on the
+            first. Where more rows have one, the loss is NaN on a GPU and an error on the CPU.
         logits_dtype: how the CUDA kernels store a chunk's logits: float32, the default, or the
             dtype of ``input``, which halves the chunk and rounds each logit as a plain head does.
         weight_grad: a ``(V, d)`` buffer, float32 (float64) or in the dtype of ``linear_weight``,
             that the backward adds the weight's gradient to, such as its ``.grad`` or
-            ``main_grad``. Autograd then gives the weight none and no other ``(V, d)`` tensor is
-            made; the backward forms the logits again.
-        validate: check the targets on a GPU too (a device-to-host copy). Unchecked, a target
-            outside ``[0, V)`` makes its loss NaN.
+            ``main_grad``; one in a low-precision dtype is rounded once a chunk. Autograd then gives
+            the weight none and no other ``(V, d)`` tensor is made, the backward forms the logits
+            again, and reducing the buffer over ranks is the caller's.
+        validate: check the targets on a GPU too (a device-to-host copy; float64 there always is).
+            Unchecked, a target outside ``[0, V)`` makes its loss NaN.
         return_metrics: return ``(loss, CrossEntropyMetrics)``.
 
     Returns:

@@ -26,12 +26,13 @@ from varstream._checks import (
 )
 from varstream.cross_entropy import distillation as kernels
 from varstream.ops._autocast import cast_for_autocast
-from varstream.ops._head import AUTO_CHUNK, OnceOnly, may_overwrite
+from varstream.ops._head import AUTO_CHUNK, OnceOnly, check_factors, scaled
 from varstream.ops._token_logprobs import gradient_fakes
 from varstream.reference import distillation as reference
-from varstream.reference.head import Head
+from varstream.reference.head import Chunking, Head
 
 NAME = "linear_distillation"
+_ARGS = 16  # of DistillationCall
 
 
 class DistillationCall(NamedTuple):
@@ -52,6 +53,7 @@ class DistillationCall(NamedTuple):
     teacher_logit_scale: float
     teacher_softcap: float
     chunk_size: int
+    max_rows: int | None = None
 
     def student(self) -> Head:
         return Head(
@@ -87,7 +89,7 @@ def check_distillation(call: DistillationCall) -> DistillationCall:
     ):
         if value is not None:
             check_tensor(name, value, shape=(rows,), dtypes=dtypes, device=device, layout="(N,)")
-    return DistillationCall(
+    checked = DistillationCall(
         *student,
         *teacher,
         call.mask,
@@ -99,7 +101,11 @@ def check_distillation(call: DistillationCall) -> DistillationCall:
         check_float("teacher_logit_scale", call.teacher_logit_scale),
         check_float("teacher_softcap", call.teacher_softcap, low=0.0),
         check_int("chunk_size", call.chunk_size, low=AUTO_CHUNK),
+        None if call.max_rows is None else check_int("max_rows", call.max_rows, low=0),
     )
+    for head in (checked.student(), checked.teacher()):
+        check_factors(acc, head.logit_scale, head.softcap, head.temperature)
+    return checked
 
 
 def _check_projection(
@@ -139,7 +145,7 @@ def divergences(call: DistillationCall, summed: bool) -> tuple[Tensor, Tensor, T
 
 def _run(kernel: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor, ...]:
     with op_errors(NAME):
-        call = check_distillation(DistillationCall(*args[:15]))
+        call = check_distillation(DistillationCall(*args[:_ARGS]))
     return kernel(
         call.input,
         call.student(),
@@ -148,8 +154,8 @@ def _run(kernel: Callable[..., tuple[Tensor, ...]], *args: Any) -> tuple[Tensor,
         call.mask,
         call.token_weight,
         call.beta,
-        call.chunk_size,
-        args[15:],
+        Chunking(call.chunk_size, call.max_rows),
+        args[_ARGS:],
     )
 
 
@@ -170,7 +176,7 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
     x, weight = args[:2]
     losses = x.new_empty(x.shape[:1], dtype=acc_dtype(x.dtype))
     count = x.new_empty((), dtype=torch.int64)
-    return losses, losses.new_empty(()), count, *gradient_fakes(x, weight, *args[15:])
+    return losses, losses.new_empty(()), count, *gradient_fakes(x, weight, *args[_ARGS:])
 
 
 # --- autograd -------------------------------------------------------------------------------------
@@ -179,7 +185,7 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     losses, loss_sum, _, *grads = output
     ctx.set_materialize_grads(False)
-    ctx.dtype, ctx.scalars, ctx.formed = inputs[0].dtype, inputs[8:15], inputs[15:]
+    ctx.dtype, ctx.scalars, ctx.formed = inputs[0].dtype, inputs[8:_ARGS], inputs[_ARGS:]
     if any(ctx.formed):
         ctx.mark_non_differentiable(losses, *grads)
         ctx.save_for_backward(loss_sum, *grads)
@@ -192,8 +198,8 @@ def _backward(
     ctx: Any, dlosses: Tensor | None, dsum: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     if any(ctx.formed):
-        return *_finished(ctx, dsum), *([None] * 15)
-    return *_recomputed(ctx, dlosses), *([None] * 15)
+        return *_finished(ctx, dsum), *([None] * _ARGS)
+    return *_recomputed(ctx, dlosses), *([None] * _ARGS)
 
 
 def _finished(ctx: Any, dsum: Tensor | None) -> list[Tensor | None]:
@@ -204,9 +210,7 @@ def _finished(ctx: Any, dsum: Tensor | None) -> list[Tensor | None]:
         if not formed or dsum is None:
             results.append(None)
             continue
-        with torch.no_grad():
-            grad = (grad.mul_(dsum) if may_overwrite(grad) else grad * dsum).to(ctx.dtype)
-        results.append(_once(grad, loss_sum))
+        results.append(_once(scaled(grad, dsum, ctx.dtype), loss_sum))
     return results
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from varstream.reference.head import Head, auto_chunk_size
+from varstream.reference.head import Chunking, Head, auto_chunk_size
 from varstream.reference.head_gradient import Gradients, capped_gradient_
 from varstream.reference.head_rows import Rows, select_rows, take
 
@@ -40,7 +40,7 @@ def linear_distillation(
     mask: Tensor | None,
     token_weight: Tensor | None,
     beta: float,
-    chunk_size: int,
+    chunking: Chunking,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Divergences, their weighted sum, the number of rows, and the gradients of that sum.
@@ -53,7 +53,7 @@ def linear_distillation(
         mask: (N,) bool, the rows that take part; the others are never read. ``None``: all.
         token_weight: (N,) floating, factors of the rows in the sum. ``None``: ones.
         beta: 0 KL(teacher || student), 1 KL(student || teacher), between them JSD(beta).
-        chunk_size: rows of a chunk, 0 for the automatic rule.
+        chunking: rows of a chunk, and a bound on those that take part.
         needs: which of the gradients of ``x``, weight and bias are wanted; the others are empty.
 
     Returns:
@@ -63,7 +63,8 @@ def linear_distillation(
     """
     rows = Rows(None, x.shape[0], x.shape[0]) if mask is None else select_rows(mask)
     grads = Gradients(x, student, rows, needs)
-    size = chunk_rows(chunk_size, student)
+    chunking.check_composed(student, rows.count)
+    size = chunk_rows(chunking.chunk_size, student)
     shape = rows.largest_chunk(size), student.weight.shape[0]
     buffers = torch.empty((2, *shape), dtype=student.acc, device=x.device)
     losses = buffers.new_zeros(rows.total)
