@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from varstream.ops import _linear_cross_entropy, _token_logprobs, attention, linear_distillation
+from varstream.parallel import _kernels as sharded_head
 
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZE = "VARSTREAM_EMULATED_SANITIZE"  # "1": the library built with sanitizers
@@ -145,14 +146,17 @@ KERNELS = {
 @contextmanager
 def emulated(schedule: str | None = None) -> Iterator[Any]:
     """varlen_attention and its backward, of bfloat16 and float16 CPU tensors, run the emulated
-    kernels inside; so does the head, of these and of float32, through the drivers that serve CUDA.
+    kernels inside; so does the head, of these and of float32, through the drivers that serve CUDA,
+    and the head over several ranks.
 
     Other dtypes stay with the composed kernels. Yields the library's operators.
     """
     operators = load()
     choose_schedule(schedule)
     library = torch.library.Library("varstream", "IMPL")
+    serve = sharded_head.serve
     try:
+        sharded_head.serve = lambda device: device.type == "cpu"
         with warnings.catch_warnings():  # that a kernel is overridden is the point
             warnings.filterwarnings("ignore", message="(?s)Warning only once.*Overriding")
             for name, composed in KERNELS.items():
@@ -163,4 +167,5 @@ def emulated(schedule: str | None = None) -> Iterator[Any]:
                 library.impl(name, driver, "CPU", allow_override=True)
         yield operators
     finally:
+        sharded_head.serve = serve
         library._destroy()

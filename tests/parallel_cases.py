@@ -30,6 +30,7 @@ from torch import Tensor
 import varstream as vs
 from varstream import parallel
 from varstream.reference import head as blocks
+from varstream.testing import assert_exact
 
 # Rows of W on each rank: 23 classes in uneven shards, one of a single class.
 SIZES = {2: (9, 14), 4: (5, 1, 11, 6)}
@@ -45,8 +46,10 @@ def loss(p: Problem, calls: Calls, names: tuple[str, ...] = (), **options: Any) 
     call, _, where = calls
     for name in names:
         torch.manual_seed(4)
-        # The class weights are those of all 23 classes on every rank.
-        options |= FEATURES[name](problem(dtype=p.acc) if name == "class_weight" else p)
+        # The class weights are those of all 23 classes on every rank; all are the same numbers
+        # whatever the dtype of the problem.
+        whole = problem() if name == "class_weight" else p.cast(torch.float64)
+        options |= FEATURES[name](whole)
     found = call(p.input, p.weight, p.target, linear_bias=p.bias, **where, **options)
     return [found] if isinstance(found, Tensor) else [found[0], *found[1]]
 
@@ -142,6 +145,7 @@ CASES |= {
         partial(loss, options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=3)),
     ),
     "ignore_index": (lambda: problem(), partial(loss, ignore_index=3)),
+    "max_rows": (plain, partial(loss, max_rows=12, chunk_size=5)),
     "narrow_targets": (narrow_targets, partial(loss, names=("smoothing",))),
     "without_bias": (without_bias, partial(loss, names=EVERYTHING)),
     "tied": (plain, tied),
@@ -165,17 +169,29 @@ LOW = {
     "smoothing": (1.0, 0.0, {"label_smoothing": 0.1, "z_loss": 0.01}),
     "softcap": (2.0, 0.0, {"softcap": 2.5, "reduction": "sum"}),
     "none": (1.0, 0.0, {"reduction": "none"}),
+    "softcap_everything": (
+        2.0,
+        0.0,
+        {
+            "weight": torch.linspace(0.2, 1.3, 23),
+            "token_weight": torch.linspace(-0.6, 1.4, 64),
+            **{"label_smoothing": 0.1, "z_loss": 0.01},
+            **{"softcap": 4.0, "logit_scale": -1.3, "temperature": 0.8},
+        },
+    ),
     # W's rows have much in common, which drops out of dX only in the sum over all ranks.
     "common": (1.0, 16.0, {}),
 }
 TOLERANCE = {"float32": 1e-5, "autocast": 1e-2, "offset": 1e-10}
 
 
-def run(name: str, calls: Calls, own: slice) -> Results:
-    """Outputs of a case and the gradients of its operands under fixed upstream gradients."""
+def run(name: str, calls: Calls, own: slice, dtype: torch.dtype | None = None) -> Results:
+    """Outputs of a case and the gradients of its operands under fixed upstream gradients; with a
+    ``dtype`` of the case's operands rounded to float32."""
     make, case = CASES[name]
     torch.manual_seed(zlib.crc32(name.encode()))
-    p = shard_of(make(), own)
+    p = make() if dtype is None else make().cast(torch.float32).cast(dtype)
+    p = shard_of(p, own)
     leaves = p.input, p.weight, p.bias
     outputs = case(p, calls)
     torch.manual_seed(3)
@@ -197,7 +213,7 @@ WHOLE: Calls = (vs.linear_cross_entropy, vs.token_logprobs, {})
 ALL = slice(None)
 
 
-def low_precision(name: str, calls: Calls, own: slice, dtype: torch.dtype) -> Results:
+def low_precision(name: str, calls: Calls, own: slice, dtype: torch.dtype, **more: Any) -> Results:
     """Loss and gradients of a bfloat16 problem; for the whole head by all logits and autograd,
     but where plain PyTorch itself loses what rows have in common, by the whole head's operator."""
     spread, common, options = LOW[name]
@@ -206,7 +222,7 @@ def low_precision(name: str, calls: Calls, own: slice, dtype: torch.dtype) -> Re
     p.weight.detach().add_(common)
     p = shard_of(p.cast(torch.bfloat16).cast(dtype), own)
     if dtype == torch.bfloat16 and (common or calls is not WHOLE):
-        value = loss(p, calls, chunk_size=16, **options)[0]
+        value = loss(p, calls, chunk_size=16, **options, **more)[0]
     else:
         value = dense(p, **({"reduction": "mean"} | options))
     value.sum().backward()
@@ -240,12 +256,12 @@ class Place(NamedTuple):
         return parallel.linear_cross_entropy, parallel.token_logprobs, where
 
 
-def nan_row(place: Place) -> Results:
+def nan_row(place: Place, dtype: torch.dtype = torch.float64) -> Results:
     """A NaN row that takes part, one that is ignored and one that nothing is asked of."""
-    p = shard_of(plain(), place.own)
+    p = shard_of(plain().cast(dtype), place.own)
     with torch.no_grad():
         p.input[[3, 5, 8]] = torch.nan
-    upstream = torch.ones(16, dtype=torch.float64)
+    upstream = torch.ones(16, dtype=dtype)
     upstream[8] = 0
     value = loss(p, place.calls(), reduction="none", chunk_size=4)[0]
     value.backward(upstream)
@@ -287,12 +303,12 @@ def counted() -> Iterator[dict[str, int]]:
             setattr(dist, name, function)
 
 
-def collectives(place: Place) -> Results:
+def collectives(place: Place, dtype: torch.dtype = torch.float64) -> Results:
     """Per call: gathers and sums of the forward and of the backward, 12 rows in 3 chunks."""
     found: Results = {}
     told = {"shard_sizes": place.sizes}
     for name, where in {"mean": {}, "sum": told, "none": told}.items():
-        p = shard_of(plain(), place.own)
+        p = shard_of(plain(dtype), place.own)
         with counted() as forward:
             value = loss(p, place.calls(**where), reduction=name, chunk_size=4)[0].sum()
         with counted() as backward:
@@ -327,6 +343,7 @@ def errors(place: Place) -> Results:
         other[3] = (other[3] + 1) % 23
     few = x[: 15 if last else 16]
     wants = x.detach().requires_grad_(last)
+    low = x.bfloat16(), w.bfloat16()
     cases = {
         "bias": lambda: call(x, w, t, linear_bias=b[:-1] if last else b),
         "kind": lambda: call(x, w.tolist() if last else w, t),
@@ -343,6 +360,8 @@ def errors(place: Place) -> Results:
         "sizes_kind": lambda: call(x, w, t, shard_sizes=23),
         "sizes_count": lambda: call(x, w, t, shard_sizes=[*sizes, 1]),
         "sizes_own": lambda: call(x, w, t, shard_sizes=[size + 1 for size in sizes]),
+        "max_rows": lambda: call(x, w, t, max_rows=11),
+        "logits_dtype": lambda: call(*low, t, logits_dtype=torch.bfloat16),
         "group": lambda: call(x, w, t, group="world"),
         "outside": lambda: call(x, w, t, group=dist.GroupMember.NON_GROUP_MEMBER),
         "twice": lambda: twice(call(x, w, t), x, w),
@@ -352,6 +371,20 @@ def errors(place: Place) -> Results:
 
 
 PROBES = (nan_row, no_grad, collectives, errors)
+
+
+def assembled(ranks: list[Results], name: str) -> Results:
+    """A case's results for the whole head; what all ranks hold must be the same on all."""
+    first, *others = (rank[name] for rank in ranks)
+    for other in others:
+        for ours, theirs in zip(first["outputs"], other["outputs"], strict=True):
+            assert torch.equal(ours, theirs)
+        if first["grads"][0] is not None:
+            assert_exact(other["grads"][0], first["grads"][0], 1e-15)
+    parts = [rank[name]["grads"] for rank in ranks]
+    joined = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
+    _, weight, bias = joined
+    return {"outputs": first["outputs"], "grads": [first["grads"][0], weight, bias]}
 
 
 def results(place: Place) -> Results:
@@ -367,8 +400,8 @@ def results(place: Place) -> Results:
     return found
 
 
-def work(rank: int, folder: str) -> None:
-    """One of 4 processes; the first two are also a group of two."""
+def work(rank: int, folder: str, results: Callable[[Place], Results] = results) -> None:
+    """One of 4 processes, the first two also a group of two, that leave what they find."""
     torch.set_num_threads(1)
     patch = pytest.MonkeyPatch()
     patch.setenv("GLOO_SOCKET_IFNAME", "lo")

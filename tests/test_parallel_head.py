@@ -15,6 +15,7 @@ from parallel_cases import (
     TOLERANCE,
     WHOLE,
     Results,
+    assembled,
     low_precision,
     plain,
     run,
@@ -47,20 +48,6 @@ def alone(monkeypatch):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-def assembled(ranks: list[Results], name: str) -> Results:
-    """A case's results for the whole head; what all ranks hold must be the same on all."""
-    first, *others = (rank[name] for rank in ranks)
-    for other in others:
-        for ours, theirs in zip(first["outputs"], other["outputs"], strict=True):
-            assert torch.equal(ours, theirs)
-        if first["grads"][0] is not None:
-            assert_exact(other["grads"][0], first["grads"][0], 1e-15)
-    parts = [rank[name]["grads"] for rank in ranks]
-    joined = (None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True))
-    _, weight, bias = joined
-    return {"outputs": first["outputs"], "grads": [first["grads"][0], weight, bias]}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -159,6 +146,8 @@ ERRORS = {
     "sizes_kind": "TypeError: shard_sizes must be a list or tuple of ints, got int",
     "sizes_count": "ValueError: shard_sizes must have one entry a rank ({world}), got {more}",
     "sizes_own": "ValueError: shard_sizes[{rank}] must be the number of rows of this rank's",
+    "max_rows": "ValueError: max_rows must bound the rows that take part, 12 of them, got 11",
+    "logits_dtype": "ValueError: logits_dtype must be None or torch.float32 here: only the CUDA",
     "group": "TypeError: group must be a torch.distributed.ProcessGroup or None (the default",
     "outside": "ValueError: group must contain this process, got a group of other ranks",
     "twice": "RuntimeError: parallel.linear_cross_entropy has no second derivative",

@@ -88,6 +88,37 @@ class SoftmaxCall:
 
     def run(self, part: slice, logits: Tensor) -> None:
         """Rows ``part`` of the order, whose logits (C, V and more) become their gradient."""
+        self._launch(
+            part,
+            logits,
+            self.terms.chunk(part),
+            self.lse_sq_scale,
+            self.gradient,
+            self.values.chunk(part),
+        )
+
+    def sum_shard(self, part: slice, logits: Tensor, sums: Tensor, target_z: Tensor) -> None:
+        """Where the head's weight is a shard: the sums (C, 7) over its classes of logits, which
+        stay, and the targets' logits (C, K), 0 of targets that are -1."""
+        none, nothing = RowTerms().chunk(part), RowValues().chunk(part)
+        self._launch(part, logits, none, None, None, nothing, (sums, target_z, None))
+
+    def shard_gradient(self, part: slice, logits: Tensor, given: Tensor) -> None:
+        """The logits of a shard become their gradient; ``given`` (C, 3) is over all shards: the
+        largest logit, the sum of exponentials relative to it and the row factor."""
+        terms, nothing = self.terms.chunk(part), RowValues().chunk(part)
+        self._launch(part, logits, terms, None, self.gradient, nothing, (None, None, given))
+
+    def _launch(
+        self,
+        part: slice,
+        logits: Tensor,
+        terms: list[Tensor | None],
+        lse_sq_scale: Tensor | None,
+        gradient: torch.dtype | None,
+        values: list[Tensor | None],
+        shard: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    ) -> None:
         torch.ops.varstream.softmax_rows_(
             logits,
             self.head.weight.shape[0],
@@ -99,11 +130,9 @@ class SoftmaxCall:
             self.head.temperature,
             self.bias,
             self.class_weight,
-            *self.terms.chunk(part),
-            self.lse_sq_scale,
-            self.gradient,
-            *self.values.chunk(part),
-            None,
-            None,
-            None,
+            *terms,
+            lse_sq_scale,
+            gradient,
+            *values,
+            *shard,
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from varstream._checks import FLOATING, check_same_dtype, check_tensor
 from varstream.ops._autocast import cast_for_autocast
 from varstream.ops._head import AUTO_CHUNK, HeadCall, check_head
+from varstream.parallel import _kernels
 from varstream.parallel._shards import Shards, check_group, check_shard_sizes, gather
 from varstream.reference.head import auto_chunk_size
 
@@ -128,9 +129,12 @@ def _compare(notes: list[_Note]) -> None:
 def _planned(call: HeadCall, shards: Shards) -> ShardCall:
     """With the chunk size chosen for the largest shard: every rank walks the same chunks."""
     if call.chunk_size == AUTO_CHUNK:
-        weight = call.linear_weight
-        itemsize = call.head().acc.itemsize
-        rows = auto_chunk_size(max(shards.sizes), itemsize, weight.device.type)
+        largest = max(shards.sizes)
+        if _kernels.chosen(call.input):
+            rows = _kernels.automatic_rows(call, largest)
+        else:
+            itemsize, device = call.head().acc.itemsize, call.linear_weight.device.type
+            rows = auto_chunk_size(largest, itemsize, device)
         call = call._replace(chunk_size=rows)
     return ShardCall(call, shards)
 

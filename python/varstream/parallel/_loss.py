@@ -1,4 +1,5 @@
-"""The summed loss of a sharded head: its loop over chunks and its autograd formula.
+"""The summed loss of a sharded head: its autograd formula, and its loop over chunks where that is
+composed from ATen calls.
 
 The gradient of the sum is formed together with the loss, as on one rank: three products a chunk and
 no second walk over the rows. All collectives are in the forward; the backward multiplies.
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 
 from varstream.ops._head import may_overwrite
+from varstream.parallel import _kernel_walks, _kernels
 from varstream.parallel._checks import ShardCall
 from varstream.parallel._gradients import ShardGradients, add_chunk, finished
+from varstream.parallel._kernel_walks import RowChoice
 from varstream.parallel._softmax import ChunkValues, ShardSoftmax, shard_sums
-from varstream.reference.cross_entropy import Loss, Scales
+from varstream.reference.cross_entropy import Loss, Scales, live_rows
 from varstream.reference.head_gradient import Upstream
 from varstream.reference.head_rows import (
-    Rows,
     check_targets,
     columns,
     only,
@@ -87,14 +89,39 @@ def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
 def _walk(shard: ShardCall, scales: Scales, metrics: bool, needs: tuple[bool, bool, bool]) -> Loss:
     """Summed loss, the gradients of that sum that are needed, and metrics."""
     call, shards = shard
-    x, head, target = call.input, call.head(), columns(call.target)
-    valid = check_targets(target, call.ignore_index, shards.classes)
-    nll = smooth = None  # (N, K) and (N,): 0 at ignored ones
+    acc = call.head().acc
+    valid = check_targets(columns(call.target), call.ignore_index, shards.classes)
     if valid.shape[1] != 1 or scales.nll is not None:
-        nll = only(valid if scales.nll is None else columns(scales.nll), valid, head.acc)
+        nll = only(valid if scales.nll is None else columns(scales.nll), valid, acc)
+        scales = scales._replace(nll=nll)
     if scales.smooth is not None:
-        smooth = only(scales.smooth, valid.any(1), head.acc)
-    rows = _rows(shard, valid, nll, smooth, keep=metrics or scales.lse_sq is not None)
+        scales = scales._replace(smooth=only(scales.smooth, valid.any(1), acc))
+    chosen = RowChoice(valid, _live(shard, valid, scales, metrics or scales.lse_sq is not None))
+    run = _kernel_walks.loss if _kernels.chosen(call.input) else _composed
+    return run(shard, scales, chosen, metrics, needs)
+
+
+def _live(shard: ShardCall, valid: Tensor, scales: Scales, keep: bool) -> Tensor:
+    """Rows (N,) with a valid target and, unless ``keep``, some factor not 0 on some rank."""
+    taken, nll, smooth = valid.any(1), scales.nll, scales.smooth
+    if keep or nll is None:
+        return taken
+    return shard.shards.any_rank(live_rows(valid, nll, smooth, keep)) & taken
+
+
+def _composed(
+    shard: ShardCall,
+    scales: Scales,
+    chosen: RowChoice,
+    metrics: bool,
+    needs: tuple[bool, bool, bool],
+) -> Loss:
+    """The walk composed from ATen calls; ``scales`` are (N, K) and (N,), 0 at ignored targets."""
+    call, shards = shard
+    x, head, target, valid = call.input, call.head(), columns(call.target), chosen.valid
+    nll, smooth = scales.nll, scales.smooth
+    rows = select_rows(chosen.live)
+    call.chunking().check_composed(head, rows.count)
     sums = None if smooth is None else shard_sums(head, scales.class_weight, shards)
     softmax = ShardSoftmax(head, shards, rows, call.chunk_size, sums, Wanted(argmax=metrics))
     grads = ShardGradients(x, head, rows, needs, sums, shards)
@@ -119,18 +146,6 @@ def _walk(shard: ShardCall, scales: Scales, metrics: bool, needs: tuple[bool, bo
     if metrics:
         logp = only(logp, valid, head.acc).view(call.target.shape)
     return Loss(loss, *grads.result(), lse_sq, logp, argmax)
-
-
-def _rows(
-    shard: ShardCall, valid: Tensor, nll: Tensor | None, smooth: Tensor | None, keep: bool
-) -> Rows:
-    """Rows with a valid target and, unless ``keep``, some factor not 0 on some rank."""
-    taken = valid.any(1)
-    if keep or nll is None:
-        return select_rows(taken)
-    live = (nll != 0).any(1)
-    live = live if smooth is None else live | (smooth != 0)
-    return select_rows(shard.shards.any_rank(live) & taken)
 
 
 def _losses(softmax: ShardSoftmax, values: ChunkValues, up: Upstream) -> Tensor:

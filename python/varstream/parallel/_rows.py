@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from varstream.ops._head import HeadCall
+from varstream.parallel import _kernel_walks, _kernels
 from varstream.parallel._checks import ShardCall
 from varstream.parallel._gradients import ShardGradients, add_chunk, finished
+from varstream.parallel._kernel_walks import RowChoice
 from varstream.parallel._softmax import ShardSoftmax, shard_sums
 from varstream.reference.head_gradient import Upstream
 from varstream.reference.head_rows import (
@@ -24,7 +26,7 @@ from varstream.reference.head_rows import (
     take,
     take_any,
 )
-from varstream.reference.token_logprobs import RowGradients, RowValues, Wanted
+from varstream.reference.token_logprobs import RowGradients, RowValues, Wanted, of_losses
 
 
 def row_values(shard: ShardCall, class_weight: Tensor | None, want: Wanted) -> RowValues:
@@ -83,10 +85,20 @@ class _RowValues(torch.autograd.Function):
 
 def _walk(shard: ShardCall, class_weight: Tensor | None, want: Wanted) -> RowValues:
     """Values of each row, 0 (argmax -1) at ignored ones."""
+    call = shard.call
+    valid = check_targets(columns(call.target), call.ignore_index, shard.shards.classes)
+    run = _kernel_walks.values if _kernels.chosen(call.input) else _composed
+    return run(shard, class_weight, want, RowChoice(valid, valid.any(1)))
+
+
+def _composed(
+    shard: ShardCall, class_weight: Tensor | None, want: Wanted, chosen: RowChoice
+) -> RowValues:
+    """The walk composed from ATen calls."""
     call, shards = shard
-    x, head, target = call.input, call.head(), columns(call.target)
-    valid = check_targets(target, call.ignore_index, shards.classes)
-    rows = select_rows(valid.any(1))
+    x, head, target, valid = call.input, call.head(), columns(call.target), chosen.valid
+    rows = select_rows(chosen.live)
+    call.chunking().check_composed(head, rows.count)
     sums = shard_sums(head, class_weight, shards) if want.class_sum else None
     softmax = ShardSoftmax(head, shards, rows, call.chunk_size, sums, want)
     zeros = softmax.buffer.new_zeros
@@ -123,10 +135,25 @@ def _walk_back(
     """Gradients of the sum of each upstream gradient times its value; rows whose upstream
     gradients are 0 on every rank are skipped like ignored ones."""
     call, shards = shard
-    x, head, target = call.input, call.head(), columns(call.target)
-    valid = target != call.ignore_index
-    up, live = _of_losses(upstream, valid, entropy, head.acc)
-    rows = select_rows(shards.any_rank(live))
+    valid = columns(call.target) != call.ignore_index
+    up, live = of_losses(upstream, valid, valid.any(1), entropy, call.head().acc)
+    chosen = RowChoice(valid, shards.any_rank(live))
+    run = _kernel_walks.gradients if _kernels.chosen(call.input) else _composed_back
+    return run(shard, up, chosen, class_weight, needs)
+
+
+def _composed_back(
+    shard: ShardCall,
+    up: Upstream,
+    chosen: RowChoice,
+    class_weight: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The second walk composed from ATen calls."""
+    call, shards = shard
+    x, head, target, valid = call.input, call.head(), columns(call.target), chosen.valid
+    rows = select_rows(chosen.live)
+    call.chunking().check_composed(head, rows.count)
     sums = None if up.smooth is None else shard_sums(head, class_weight, shards)
     softmax = ShardSoftmax(head, shards, rows, call.chunk_size, sums)
     grads = ShardGradients(x, head, rows, needs, sums, shards)
@@ -138,23 +165,3 @@ def _walk_back(
         up_c = Upstream(*(take_any(part_up, part) for part_up in given))
         add_chunk(grads, softmax, part, (x_c, u, place), values, up_c)
     return grads.result()
-
-
-def _of_losses(
-    upstream: RowGradients, valid: Tensor, entropy: Tensor | None, acc: torch.dtype
-) -> tuple[Upstream, Tensor]:
-    """Upstream gradients in terms of losses, 0 at ignored targets and rows, and the mask (N,) of
-    rows where one of them isn't 0."""
-    logp, *others = upstream
-    taken = valid.any(1)
-    nll = torch.zeros(valid.shape, dtype=acc, device=valid.device)
-    if logp is not None:
-        nll = -only(columns(logp), valid, acc)
-    d_entropy, d_lse, d_class_sum = (
-        None if part is None else only(part, taken, acc) for part in others
-    )
-    live = (nll != 0).any(1)
-    for part in (d_entropy, d_lse, d_class_sum):
-        live = live if part is None else live | (part != 0)
-    smooth = None if d_class_sum is None else -d_class_sum
-    return Upstream(nll, smooth, d_lse, d_entropy, None if d_entropy is None else entropy), live

@@ -60,6 +60,10 @@ class Shards:
         """Replace ``values`` by their sum over the ranks."""
         dist.all_reduce(values, group=self.group)
 
+    def start_sum(self, values: Tensor) -> Any:
+        """``add_`` that returns at once; ``values`` are the sum after ``wait()`` of the result."""
+        return dist.all_reduce(values, group=self.group, async_op=True)
+
     def any_rank(self, mask: Tensor) -> Tensor:
         """Where ``mask`` holds on some rank: one answer for all, so that all walk the same rows."""
         found = mask.to(torch.uint8)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from varstream._checks import check_bool, check_float
@@ -38,6 +39,8 @@ def linear_cross_entropy(
     normalizer: int | float | Tensor | None = None,
     options: Any = None,
     chunk_size: int | None = None,
+    max_rows: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     return_metrics: bool = False,
 ) -> Tensor | tuple[Tensor, CrossEntropyMetrics]:
     """``varstream.linear_cross_entropy`` with the rows of the weight spread over a group's ranks.
@@ -61,6 +64,7 @@ def linear_cross_entropy(
             ``varstream.linear_cross_entropy``, the same on every rank.
         z_loss, token_weight, normalizer, options, return_metrics: likewise.
         chunk_size: likewise; ``None`` chooses it for the largest shard.
+        max_rows, logits_dtype: likewise.
 
     Returns:
         What ``varstream.linear_cross_entropy`` returns for the whole weight, with the same dtypes,
@@ -76,9 +80,10 @@ def linear_cross_entropy(
 
     Cost: the products of ``varstream.linear_cross_entropy``, each over ``V_r`` classes. Per chunk
     of C rows one gather of 2 + K float64 a row and rank (one more with smoothing, one with
-    metrics), and one sum of ``(C, d)`` over the ranks in the accumulation dtype where ``input``
-    needs a gradient. ``"mean"`` and ``"sum"`` communicate in the forward only; ``"none"`` gathers
-    again in the backward and sums there. ``torch.compile`` breaks its graph at the call.
+    metrics), on a GPU of 7 + K float32, and one sum of ``(C, d)`` over the ranks in the
+    accumulation dtype where ``input`` needs a gradient. ``"mean"`` and ``"sum"`` communicate in the
+    forward only; ``"none"`` gathers again in the backward and sums there. The targets are read on
+    the host once. ``torch.compile`` breaks its graph at the call.
 
     Source: the vocabulary-parallel cross-entropy of Megatron-LM (Shoeybi et al., 2019).
     """
@@ -98,6 +103,8 @@ def linear_cross_entropy(
             softcap=softcap,
             temperature=temperature,
             chunk_size=chunk_size,
+            max_rows=max_rows,
+            logits_dtype=logits_dtype,
         )
         check_constant("token_weight", token_weight, call, target.shape, "like target")
         rows = chunk_size_from_options(options, chunk_size, call.input.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from varstream._checks import check_bool
@@ -28,6 +29,8 @@ def token_logprobs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     chunk_size: int | None = None,
+    max_rows: int | None = None,
+    logits_dtype: torch.dtype | None = None,
     return_entropy: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor] | TokenStats:
@@ -50,6 +53,7 @@ def token_logprobs(
         logit_scale, softcap, temperature, ignore_index, return_entropy, return_stats: as in
             ``varstream.token_logprobs``, the same on every rank.
         chunk_size: likewise; ``None`` chooses it for the largest shard.
+        max_rows, logits_dtype: likewise.
 
     Returns:
         What ``varstream.token_logprobs`` returns for the whole weight, with the same dtypes, on
@@ -65,8 +69,9 @@ def token_logprobs(
 
     Cost: the products of ``varstream.token_logprobs``, each over ``V_r`` classes. Per chunk of C
     rows one gather of 2 + K float64 a row and rank (one more with entropy, four with statistics),
-    in the backward again, and one sum of ``(C, d)`` over the ranks where ``input`` needs a
-    gradient. ``torch.compile`` breaks its graph at the call.
+    on a GPU of 7 + K float32, in the backward again, and one sum of ``(C, d)`` over the ranks where
+    ``input`` needs a gradient. The targets are read on the host once. ``torch.compile`` breaks its
+    graph at the call.
 
     Source: the vocabulary-parallel cross-entropy of Megatron-LM (Shoeybi et al., 2019).
     """
@@ -84,6 +89,8 @@ def token_logprobs(
             softcap=softcap,
             temperature=temperature,
             chunk_size=chunk_size,
+            max_rows=max_rows,
+            logits_dtype=logits_dtype,
         )
         return call, (return_entropy, return_stats)
 
