@@ -87,6 +87,14 @@ def test_more_rows_take_longer(rows, more, width, classes, itemsize):
     assert few <= chunk_seconds(rows + more, width, classes, itemsize) * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("width", [896, 2304, 4096, 8192])
+def test_a_row_past_a_tile_takes_longer(width):
+    """A partly filled row of tiles counts whole."""
+    for rows in range(STEP, MOST + 1, STEP):
+        full = chunk_seconds(rows, width, 128_256)
+        assert full <= chunk_seconds(rows + 1, width, 128_256) * (1 + 1e-12)
+
+
 @many
 @given(st.integers(1, 9000), WIDTHS, CLASSES, st.integers(0, 500))
 def test_a_larger_head_takes_longer(rows, width, classes, more):
