@@ -19,7 +19,7 @@ from torch import Tensor
 
 import varstream as vs
 from varstream import batching, objectives, parallel
-from varstream.integrations import flash_attn, flash_attn_3, liger, trl
+from varstream.integrations import byte_transformer, flash_attn, flash_attn_3, liger, trl
 from varstream.integrations import transformers as hf
 
 LENGTHS, N, D, V, HEADS = [3, 4], 7, 8, 11, 4
@@ -192,6 +192,14 @@ def _(new):
     yield objectives.jsd(*operands)
 
 
+@case("objectives.contrastive", "objectives.cached_embeddings")
+def _(new):
+    weight, x = new(D, V), torch.randn(2 * N, V, dtype=torch.float64).to(new.dtype)
+    rows = objectives.cached_embeddings(lambda part: part @ weight.T, x.split(4), params=[weight])
+    yield objectives.contrastive(rows[:N], rows[N:], temperature=0.5)
+    yield objectives.contrastive(new(N, D), rows[:N], temperature=0.5, symmetric=True)
+
+
 # --- streaming, planner, encoder ------------------------------------------------------------------
 
 
@@ -233,6 +241,14 @@ def _(new):
     x = new(N, D)
     h = vs.ops.bias_residual_layer_norm(x, new(D), new(N, D), new(D), new(D), 1e-12)
     return h, vs.ops.linear_bias_gelu(h, new(V, D), new(V)), vs.ops.linear_bias_gelu(h, new(V, D))
+
+
+@case("ops.relative_attention")
+def _(new):
+    q, k, v = (new(N, HEADS, D) for _ in range(3))
+    wide = {name: new(3, HEADS, D) for name in ("key_table", "query_table")}
+    buckets = torch.arange(7) // 3
+    return vs.ops.relative_attention(q, k, v, CU, buckets, table=new(3, HEADS), **wide)
 
 
 # --- batching -------------------------------------------------------------------------------------
@@ -368,6 +384,16 @@ def _(new):
     yield liger.LigerForCausalLMLoss(x[None], weight, TARGET[None], D, num_items_in_batch=3)
 
 
+@case("byte_transformer.bert_transformer", "byte_transformer.BertTransformer")
+def _(new):
+    h, mask = HEADS * D, torch.tensor([[1, 1, 0], [1, 1, 1]])[:, None].expand(-1, 3, -1)
+    shapes = (h, 3 * h), (3 * h,), (h, h), (h,), (h,), (h,), (h, V), (V,), (V, h), (h,), (h,), (h,)
+    weights = [new(*shape) for shape in shapes]
+    yield byte_transformer.bert_transformer(HEADS, D, *weights, new(2, 3, h), mask)
+    layer = byte_transformer.BertTransformer(HEADS, D, *(w.detach() for w in weights))
+    yield new.model(layer)(new(2, 3, h), mask)
+
+
 @case("trl.LogProbs")
 def _(new):
     return trl.LogProbs.apply(new(N, D), new(V, D), new(V), TARGET, 0.7, 64)[:2]
@@ -416,7 +442,7 @@ def test_no_public_name_is_missing():
         "transformers.": hf.__all__,
     }
     public = {space + name for space, names in spaces.items() for name in names}
-    for module in (liger, trl):
+    for module in (byte_transformer, liger, trl):
         own = [
             n for n, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__
         ]

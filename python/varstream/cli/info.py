@@ -45,6 +45,7 @@ FEATURES = (
     ("vs.plan_memory, varstream plan", "varstream:plan_memory", ()),
     ("varstream.batching", "varstream.batching", ()),
     ("varstream demo", "varstream.demo", ("transformers", "tokenizers", "matplotlib")),
+    ("varstream.integrations.byte_transformer", "varstream.integrations.byte_transformer", ()),
     ("varstream.integrations.flash_attn", "varstream.integrations.flash_attn", ()),
     ("varstream.integrations.flash_attn_3", "varstream.integrations.flash_attn_3", ()),
     (

@@ -6,6 +6,8 @@ there back through the head, so others are easily written beside them. The diver
 states of student and teacher. No objective holds an ``(N, V)`` tensor.
 """
 
+from varstream.objectives.cached import cached_embeddings
+from varstream.objectives.contrastive import contrastive
 from varstream.objectives.divergence import distillation, jsd, kl
 from varstream.objectives.kto import kto
 from varstream.objectives.likelihood import dft, sft
@@ -13,7 +15,9 @@ from varstream.objectives.policy import cispo, dapo, dr_grpo, grpo, gspo
 from varstream.objectives.preference import cpo, dpo, ipo, orpo, simpo
 
 __all__ = [
+    "cached_embeddings",
     "cispo",
+    "contrastive",
     "cpo",
     "dapo",
     "dft",
