@@ -18,6 +18,7 @@ from varstream._checks import (
     check_same_dtype,
     check_tensor,
     op_errors,
+    values_visible,
 )
 from varstream.ops._autocast import cast_for_autocast
 from varstream.reference.head import Chunking, Head
@@ -89,7 +90,7 @@ def check_head(
     temperature = check_positive("temperature", temperature)
     check_factors(acc_dtype(input.dtype), logit_scale, softcap, temperature)
     check_bool("validate", validate)
-    if validate:
+    if validate and values_visible(target, validate=True):
         check_targets(target, ignore_index, classes)
     return HeadCall(
         input,
