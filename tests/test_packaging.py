@@ -89,6 +89,7 @@ def test_every_schema_is_there():
         *("linear_distillation", "softmax_rows_", "distillation_rows_"),
         *("token_logprobs", "token_logprobs_bwd", "token_logprobs_bwd_accumulate"),
         *("linear_bias_gelu", "linear_bias_gelu_bwd"),
+        *("relative_attention", "relative_attention_bwd"),
         *("bias_residual_layer_norm", "bias_residual_layer_norm_bwd"),
     }
     names = torch._C._dispatch_get_all_op_names()

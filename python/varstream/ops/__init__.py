@@ -5,5 +5,6 @@ The parts of an encoder layer are public here; the other calls are public as ``v
 
 from varstream.ops.bias_residual_layer_norm import bias_residual_layer_norm
 from varstream.ops.linear_bias_gelu import linear_bias_gelu
+from varstream.ops.relative_attention import relative_attention
 
-__all__ = ["bias_residual_layer_norm", "linear_bias_gelu"]
+__all__ = ["bias_residual_layer_norm", "linear_bias_gelu", "relative_attention"]
