@@ -170,6 +170,13 @@ def test_the_head_s_rows_off_whole_words_miss_the_bar(number, name, value, compl
     assert kernel_bars.violations(SOFTMAX, kernels.traits_of(SOFTMAX)) == []
 
 
+def test_a_changed_loop_of_the_head_is_one_difference():
+    row = copy.deepcopy(SOFTMAX)
+    row["sass"]["passes"][1]["mix"]["FADD"] += 1
+    [line] = kernel_table.differences(SOFTMAX, row, same_compiler=True)
+    assert line.startswith("sass.passes.2.mix.FADD is ")
+
+
 def test_options_of_the_head_read_bias_and_class_weight():
     row = copy.deepcopy(OPTIONS)
     assert row["sass"]["passes"][0]["LDG"] == {"32": 2 * 2 * 4}

@@ -186,6 +186,8 @@ def flat(row: Row, prefix: str = "") -> Row:
     """Nested values under names with dots."""
     values: Row = {}
     for name, value in row.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = {str(i + 1): one for i, one in enumerate(value)}
         inner = flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {}
         values |= inner or {prefix + name: value}
     return values
