@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from varstream.objectives import cached_embeddings, contrastive
 from varstream.testing import assert_exact
@@ -142,6 +144,15 @@ def trained(rank: int, world: int, group: Any) -> Results:
     return {"loss": loss.detach(), "grads": [p.grad for p in step.module.parameters()]}
 
 
+def sharded(rank: int, world: int, group: Any) -> Results:
+    """The same under FSDP2, which gathers parameters around the step and scatters gradients."""
+    parts = rows_of("hard", world)
+    mesh = DeviceMesh.from_group(group or dist.group.WORLD, "cpu")
+    step = fully_shard(model(), mesh=mesh)
+    step(parts.queries[rank], parts.keys[rank], gather=True, group=group).backward()
+    return {"grads": [p.grad.full_tensor() for p in step.parameters()]}
+
+
 def collectives(rank: int, world: int, group: Any) -> Results:
     """Gathers and sums of a forward and of a backward."""
     seen = {"all_gather": 0, "all_reduce": 0}
@@ -170,7 +181,7 @@ def collectives(rank: int, world: int, group: Any) -> Results:
 
 def results(rank: int, world: int, group: Any) -> Results:
     found = {name: run(name, rank, world, group) for name in CASES}
-    for probe in (errors, trained, collectives):
+    for probe in (errors, trained, sharded, collectives):
         found[probe.__name__] = probe(rank, world, group)
     return found
 
@@ -251,8 +262,9 @@ def test_data_parallel_training_with_cached_gradients(ranks):
     want.backward()
     assert_exact(torch.stack([r["trained"]["loss"] for r in ranks]).mean(), want.detach())
     for rank in ranks:
-        for got, p in zip(rank["trained"]["grads"], step.parameters(), strict=True):
-            assert_exact(got, p.grad)
+        for wrapper in ("trained", "sharded"):
+            for got, p in zip(rank[wrapper]["grads"], step.parameters(), strict=True):
+                assert_exact(got, p.grad)
 
 
 def test_collectives(ranks):

@@ -32,7 +32,8 @@ def cached_embeddings(
         encode: ``encode(batch) -> (n, d)`` embeddings; a module, or any function. It must give the
             same again, apart from random numbers of torch's global generators (dropout), act on
             each sub-batch for itself, and not change state (running averages would move twice).
-            Wrap what calls this in DistributedDataParallel, not ``encode``.
+            Wrap what calls this in DistributedDataParallel or, as one unit, in ``fully_shard``; not
+            ``encode``.
         batches: the sub-batches, whatever ``encode`` takes, such as dicts of token ids and masks;
             at least one. They are kept until the backward and must not require gradients.
         params: the tensors whose gradients are wanted, such as ``model.parameters()``; gradients of
