@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import emulation
 import pytest
@@ -87,6 +88,21 @@ def too_many_rows(place: Place) -> Results:
     return found
 
 
+def summed_dtypes(place: Place, kept: Any = Shards.start_sum) -> Results:
+    """What the sums of a bfloat16 input's gradient over the ranks are in, a chunk each."""
+    p = shard_of(plain(torch.bfloat16), place.own)
+    seen = []
+
+    def start_sum(shards: Shards, values: torch.Tensor) -> Any:
+        seen.append(values.dtype)
+        return kept(shards, values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shards, "start_sum", start_sum)
+        loss(p, place.calls(), chunk_size=4)
+    return {"dtypes": seen}
+
+
 def no_targets(place: Place) -> Results:
     """Targets (N, 0)."""
     p = shard_of(plain(torch.float32), place.own)
@@ -107,7 +123,7 @@ def kernel_results(place: Place) -> Results:
             low = name, calls[0], place.own, torch.bfloat16
             found[f"low-{name}"] = low_precision(*low)
             found[f"narrow-{name}"] = low_precision(*low, **NARROW)
-        for probe in (host_reads, too_many_rows, no_targets):
+        for probe in (host_reads, too_many_rows, summed_dtypes, no_targets):
             found[probe.__name__] = probe(place)
         torch.manual_seed(6)
         found["nan_row"] = nan_row(place, torch.float32)
@@ -206,6 +222,11 @@ def test_more_rows_than_max_rows(ranks):
         assert total.isnan() and not logp[ignored].any()
         assert logp.isnan().sum() == 12
         assert whole.isfinite() and every.isfinite().all()
+
+
+def test_input_gradients_are_summed_before_they_are_rounded(ranks):
+    for rank in ranks:
+        assert rank["summed_dtypes"] == {"dtypes": [torch.float32] * 3}
 
 
 def test_no_targets(ranks):

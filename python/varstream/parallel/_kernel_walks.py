@@ -107,7 +107,7 @@ def values(
     def per_row(compact: Tensor | None) -> Tensor:
         return empty if compact is None else rows.scatter(compact)
 
-    logp = torch.where(chosen.valid, rows.poison(rows.scatter(found.logp)), 0)
+    logp = torch.where(chosen.valid, rows.scatter(found.logp), 0)
     return RowValues(
         logp.view(call.target.shape),
         per_row(found.entropy),

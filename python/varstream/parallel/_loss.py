@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from varstream.ops._head import may_overwrite
+from varstream.ops._head import scaled
 from varstream.parallel import _kernel_walks, _kernels
 from varstream.parallel._checks import ShardCall
 from varstream.parallel._gradients import ShardGradients, add_chunk, finished
@@ -71,16 +71,10 @@ class _LossSum(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         total, *grads = ctx.saved_tensors
         wanted = [
-            _scaled(grad, upstream, ctx.dtype) if need else None
+            scaled(grad, upstream, ctx.dtype) if need else None
             for need, grad in zip(ctx.needs, grads, strict=True)
         ]
         return *finished("parallel.linear_cross_entropy", wanted, total), None, None, None, None
-
-
-def _scaled(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """A gradient times the upstream scalar, in place when nobody can ask for it again."""
-    with torch.no_grad():
-        return (grad.mul_(upstream) if may_overwrite(grad) else grad * upstream).to(dtype)
 
 
 # --- the loop -------------------------------------------------------------------------------------
