@@ -37,7 +37,55 @@ DISTILBERT_SIZES = {
     "pad_token_id": 1,
     "num_labels": 3,
 }
-PREFIXES = ("Bert", "Roberta", "XLMRoberta", "Electra", "DistilBert")
+ALBERT_SIZES = SIZES | {
+    "embedding_size": 16,
+    "num_hidden_layers": 5,
+    "num_hidden_groups": 2,
+    "inner_group_num": 2,
+    "classifier_dropout_prob": 0.0,
+}
+DEBERTA_SIZES = SIZES | {
+    "type_vocab_size": 2,
+    "relative_attention": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_buckets": 4,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+}
+# Layers without a window, and with one that is narrower than a row.
+MODERNBERT_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 24,
+    "local_attention": 4,
+    "pad_token_id": 1,
+    "num_labels": 3,
+}
+SIZES_BY_PREFIX = {
+    "Bert": SIZES,
+    "Roberta": SIZES,
+    "XLMRoberta": SIZES,
+    "Electra": SIZES | {"embedding_size": 16, "summary_last_dropout": 0.0},
+    "DistilBert": DISTILBERT_SIZES,
+    "Albert": ALBERT_SIZES,
+    "MPNet": SIZES,
+    "DebertaV2": DEBERTA_SIZES,
+    "ModernBert": MODERNBERT_SIZES,
+}
+PREFIXES = tuple(SIZES_BY_PREFIX)
+POOLED = ("Bert", "Roberta", "XLMRoberta", "Albert", "MPNet")
+EMBEDDED = {"Electra": 16, "Albert": 16}  # embeddings narrower than the layers
+# Implementations of attention that the padded model has, in the dtype that it is given.
+IMPLEMENTATIONS = dict.fromkeys(PREFIXES, ("sdpa", "eager")) | {
+    "MPNet": ("eager",),
+    "DebertaV2": ("eager",),
+    "ModernBert": ("sdpa",),  # its eager softmax is in float32
+}
+# Models whose embeddings take token types.
+TYPED = ("Bert", "Electra", "Albert", "DebertaV2")
 
 # 1 for real: right padding, left padding, holes, one token, nothing missing
 MASK = torch.tensor(
@@ -55,10 +103,8 @@ FIRST_KEPT = MASK[[0, 2, 3, 4]]  # position 0 is real: what poolers and heads ne
 def make(name: str = "BertModel", dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
     """An encoder by class name, in training mode; ``pooler`` leaves the pooler out when False."""
     prefix = next(p for p in sorted(PREFIXES, key=len, reverse=True) if name.startswith(p))
-    sizes = DISTILBERT_SIZES if prefix == "DistilBert" else SIZES
-    extra = {"embedding_size": 16, "summary_last_dropout": 0.0} if prefix == "Electra" else {}
     pooler = {"add_pooling_layer": False} if changes.pop("pooler", True) is False else {}
-    config = getattr(transformers, f"{prefix}Config")(**(sizes | extra | changes))
+    config = getattr(transformers, f"{prefix}Config")(**(SIZES_BY_PREFIX[prefix] | changes))
     model = getattr(transformers, name)(config, **pooler)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -76,9 +122,18 @@ def batch(mask: torch.Tensor = MASK, name: str = "BertModel") -> dict[str, torch
     """input_ids with the padding token where the mask is 0, and token types where there are any."""
     ids = torch.randint(2, VOCAB, mask.shape).masked_fill(mask == 0, 1)
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if not name.startswith(("DistilBert", "Roberta", "XLM")):
+    if name.startswith(TYPED):
         inputs["token_type_ids"] = torch.randint(2, mask.shape)
     return inputs
+
+
+KEY_BIASES = {
+    "pos_key_proj.bias": "query_proj.bias",
+    "key.bias": "query.bias",
+    "k_lin.bias": "q_lin.bias",
+    "attn.k.bias": "attn.q.bias",
+    "key_proj.bias": "query_proj.bias",
+}
 
 
 def assert_gradients(
@@ -97,7 +152,9 @@ def assert_gradients(
         if got is None or want is None:
             assert got is want or not (want if got is None else got).any(), name
             continue
-        against = name.replace("key.bias", "query.bias").replace("k_lin.bias", "q_lin.bias")
+        against = name
+        for key, query in KEY_BIASES.items():
+            against = against.replace(key, query)
         against = name.replace("bias", "weight") if name == zero else against
         error = (got - want).norm().item()
         size = max(want.norm().item(), expected[against].norm().item())

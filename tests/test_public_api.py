@@ -236,6 +236,12 @@ def _(new):
     yield vs.restore_padding(model)(**inputs, labels=labels).loss
 
 
+@case("pooling.cls_pool", "pooling.max_pool", "pooling.mean_pool")
+def _(new):
+    packed = vs.pack(new(2, 4, D), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]]))
+    return tuple(getattr(vs.encoder.pooling, name)(packed) for name in vs.encoder.pooling.__all__)
+
+
 @case("ops.bias_residual_layer_norm", "ops.linear_bias_gelu")
 def _(new):
     x = new(N, D)
@@ -437,6 +443,7 @@ def test_no_public_name_is_missing():
         "objectives.": objectives.__all__,
         "batching.": batching.__all__,
         "parallel.": parallel.__all__,
+        "pooling.": vs.encoder.pooling.__all__,
         "flash_attn.": flash_attn.__all__,
         "flash_attn_3.": flash_attn_3.__all__,
         "transformers.": hf.__all__,

@@ -1,14 +1,17 @@
-"""What a head does with padded positions, where a padding-free encoder has nothing to give.
+"""What a head reads of an encoder's output, and what it does with padded positions, where a
+padding-free encoder has nothing to give.
 
-Heads stay as they are. Those that transformers lets look at padding (position 0 of a left-padded
-row, labels on padding, a softmax over all positions) would see zeros there and differ silently from
-the padded model; those calls are refused.
+Heads stay as they are. Those that work position by position run on packed rows, as one sequence of
+all tokens, and those that read one row of each sequence get that row. Calls in which transformers
+lets a head look at padding (position 0 of a left-padded row, labels on padding, a softmax over all
+positions) would differ silently from the padded model; they are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 from torch import Tensor
@@ -19,27 +22,50 @@ from varstream.streaming import UnsupportedModelError
 IGNORE_INDEX = -100
 
 
+class Form(Enum):
+    """How an encoder hands out its last hidden states."""
+
+    PADDED = "(B, S, d), 0 on padding"
+    PACKED = "a varstream.Packed"
+    ROWS = "(1, total, d)"
+    TOKENS = "(1, total, d), and no pooler"
+    FIRST = "(B, 1, d), the first row of each sequence"
+    MEAN = "(B, 1, d), the mean of each sequence"
+
+
 @dataclass(frozen=True)
 class Head:
     """The rule for one class.
 
     Attributes:
+        form: what its own forward needs of the encoder.
         reads_first: it reads position 0 of each sequence.
-        token_labels: its ``labels`` hold one class per position.
+        token_labels: its ``labels`` hold one class per position, on padding too.
         row_labels: name of the labels that hold one value or class per sequence.
         over_positions: arguments of a loss that normalises over all positions.
+        positions: field of its output that holds something for every position.
     """
 
+    form: Form = Form.PADDED
     reads_first: bool = False
     token_labels: bool = False
     row_labels: str | None = None
     over_positions: tuple[str, ...] = ()
+    positions: str = "logits"
+
+    def check_output_packed(self, model: Any) -> None:
+        """Refuse packed output where the head has no output of that kind."""
+        if self.form is not Form.ROWS:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} can't return output_packed: its outputs aren't one row a "
+                f"token; call its encoder (model.{model.base_model_prefix})"
+            )
 
 
-_POSITIONWISE = Head(token_labels=True)
-_FIRST = Head(reads_first=True, row_labels="labels")
+_POSITIONWISE = Head(Form.ROWS, token_labels=True)
+_FIRST = Head(Form.FIRST, reads_first=True, row_labels="labels")
 _BY_SUFFIX = {
-    "Model": Head(),  # a pooler, if it has one, reads position 0: see reads_first_position
+    "Model": Head(),  # a pooler, if it has one, reads position 0
     "ForMaskedLM": _POSITIONWISE,
     "ForTokenClassification": _POSITIONWISE,
     "ForSequenceClassification": _FIRST,
@@ -47,11 +73,14 @@ _BY_SUFFIX = {
     "ForQuestionAnswering": Head(over_positions=("start_positions", "end_positions")),
 }
 HEADS = {f.prefix + suffix: head for f in FAMILIES.values() for suffix, head in _BY_SUFFIX.items()}
-HEADS["BertForPreTraining"] = Head(
-    reads_first=True, token_labels=True, row_labels="next_sentence_label"
-)
+_PRETRAINING = Head(Form.ROWS, reads_first=True, token_labels=True, positions="prediction_logits")
+HEADS["BertForPreTraining"] = replace(_PRETRAINING, row_labels="next_sentence_label")
+HEADS["AlbertForPreTraining"] = replace(_PRETRAINING, row_labels="sentence_order_label")
 HEADS["BertForNextSentencePrediction"] = _FIRST
-HEADS["ElectraForPreTraining"] = Head()  # its loss takes real positions only
+HEADS["ElectraForPreTraining"] = Head(Form.ROWS)  # its loss takes real positions only
+# It looks for the first token itself, wherever a row is padded.
+HEADS["ModernBertForMultipleChoice"] = Head(row_labels="labels")
+_MEAN = Head(Form.MEAN, row_labels="labels")
 
 
 def head_of(model: Any) -> Head:
@@ -72,6 +101,8 @@ def head_of(model: Any) -> Head:
             f"sequence_summary.summary_type is {summary.summary_type!r}, which reads padding; "
             "vs.padding_free understands 'first'"
         )
+    if name == "ModernBertForSequenceClassification" and model.config.classifier_pooling == "mean":
+        return _MEAN
     return HEADS[name]
 
 
