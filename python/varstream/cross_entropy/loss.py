@@ -57,7 +57,7 @@ def linear_cross_entropy(
         x.dtype if any(needs) else None,
     )
     grads = walk(x, call, chunking, needs)
-    return _loss(call, rows.gather(valid), target, grads, metrics)
+    return summed_loss(call, rows.gather(valid), target, grads, metrics)
 
 
 def walk(
@@ -83,7 +83,7 @@ def walk(
     return grads
 
 
-def _loss(
+def summed_loss(
     call: SoftmaxCall, valid: Tensor, target: Tensor, grads: Gradients, metrics: bool
 ) -> Loss:
     """The sums over rows; ``valid`` (B, K) in order."""

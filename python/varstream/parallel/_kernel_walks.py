@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from varstream.cross_entropy.gradients import Gradients
-from varstream.cross_entropy.loss import _loss as loss_of
+from varstream.cross_entropy.loss import summed_loss
 from varstream.cross_entropy.products import ChunkBuffer, product_out
 from varstream.cross_entropy.rows import DeviceRows, select_rows
 from varstream.cross_entropy.softmax import RowTerms
@@ -79,7 +79,7 @@ def loss(shard: ShardCall, scales: Scales, chosen: RowChoice, metrics: bool, nee
         gradient=call.input.dtype if any(needs) else None,
     )
     grads = _walk(call, softmax, needs)
-    return loss_of(softmax.call, rows.gather(chosen.valid), call.target, grads, metrics)
+    return summed_loss(softmax.call, rows.gather(chosen.valid), call.target, grads, metrics)
 
 
 def values(
