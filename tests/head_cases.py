@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from attention_cases import Backend
 from torch import Tensor
 
 import varstream as vs
 from varstream._checks import acc_dtype
 from varstream.reference import head as blocks
-from varstream.testing import assert_exact
+from varstream.testing import assert_exact, relative_error
 
 ROWS = [0, 1, 2, 13, 15, 16, 17]  # none, one, a prime, a chunk edge and its neighbours
 CHUNK_SIZES = [1, 4, 7, 16, None]
@@ -81,6 +83,14 @@ class Problem:
             self.target,
         )
 
+    def on(self, backend: Backend, dtype: torch.dtype) -> Problem:
+        """The same values as new leaves of a dtype where the back end runs."""
+        cast = self.cast(dtype)
+        tensors = (cast.input, cast.weight, cast.bias)
+        moved = [None if t is None else leaf(backend.here(t.detach())) for t in tensors]
+        assert moved[0] is not None and moved[1] is not None
+        return Problem(moved[0], moved[1], moved[2], backend.here(self.target))
+
     def logits(
         self, logit_scale: float = 1.0, softcap: float = 0.0, temperature: float = 1.0
     ) -> Tensor:
@@ -105,6 +115,10 @@ class Problem:
         if reduction == "none":
             return loss
         return loss.sum() / (self.valid.sum().clamp(min=1) if reduction == "mean" else 1)
+
+
+def leaf(t: Tensor) -> Tensor:
+    return t.requires_grad_()
 
 
 def problem(
@@ -217,6 +231,138 @@ def dense(
         return losses.sum() * 0.0
     divisor = (w[index] * valid).sum() if normalizer is None else normalizer
     return losses.sum() / divisor + z_terms.sum() / rows.sum()
+
+
+# --- on three back ends ---------------------------------------------------------------------------
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNELS = ("emulated", "cuda")
+# Errors of what kernels yield in float32, relative to its size plus 1, and of float32 gradients.
+VALUE_TOLERANCE, GRADIENT_TOLERANCE = 5e-6, 1e-5
+LEAVES = ("input", "weight", "bias")
+
+
+def dtypes_of(backend: Backend) -> tuple[torch.dtype, ...]:
+    """What a back end runs the head in: float64 by composed operators, else the kernels' dtypes."""
+    return (torch.float64,) if backend.exact else KERNEL_DTYPES
+
+
+def turn(backend: Backend, *case: Any) -> list[torch.dtype]:
+    """One of the back end's dtypes: the cases of a grid take turns."""
+    dtypes = dtypes_of(backend)
+    return [dtypes[zlib.crc32(repr(case).encode()) % len(dtypes)]]
+
+
+def here(backend: Backend, options: dict[str, Any]) -> dict[str, Any]:
+    return {name: backend.here(value) for name, value in options.items()}
+
+
+def check(
+    backend: Backend,
+    p: Any,
+    ours: Callable[[Any], Tensor | Sequence[Tensor]],
+    theirs: Callable[[Any], Tensor | Sequence[Tensor]],
+    *,
+    ratio: float = 2.0,
+    dtypes: Sequence[torch.dtype] = (),
+    tolerance: float = 1e-12,
+    rounded: bool = False,
+) -> None:
+    """What ``ours`` yields for a problem, and the leaves' gradients of it under random upstream
+    gradients, against the same of ``theirs`` in float64 on the CPU.
+
+    In float64 to ``tolerance``. Else the kernels' values, float32 in every dtype, to another unless
+    their logits are ``rounded``, and gradients by the error-ratio rule against ``theirs`` in that
+    dtype; in float32 to a tolerance as well, unless plain PyTorch is further off.
+    """
+    for dtype in dtypes or dtypes_of(backend):
+        q = p.on(backend, dtype)
+        exact, plain = p.cast(dtype).cast(torch.float64), p.cast(dtype)
+        got, want = _outputs(ours(q)), _outputs(theirs(exact))
+        rough = _outputs(theirs(plain))
+        for i, (a, b, c) in enumerate(zip(got, rough, want, strict=True)):
+            assert a.dtype == acc_dtype(dtype), f"output {i} is {a.dtype}"
+            if dtype == torch.float64:
+                assert_exact(a, c, tolerance, f"output {i}")
+            elif rounded:
+                assert_ratio(a.cpu(), b, c, ratio, f"output {i}")
+            else:
+                assert_values(a.cpu(), c, f"output {i} in {dtype}")
+        upstream = [torch.randn_like(w) for w in want]
+        found = _gradients(got, q.leaves, upstream)
+        wanted = _gradients(want, exact.leaves, upstream)
+        assert [g.dtype for g in found] == [dtype] * len(wanted)
+        if dtype == torch.float64:
+            for name, a, b in zip(LEAVES, found, wanted, strict=False):
+                assert_exact(a, b, tolerance, f"gradient of {name}")
+            continue
+        others = _gradients(rough, plain.leaves, upstream)
+        for name, a, b, c in zip(LEAVES, found, others, wanted, strict=False):
+            if dtype == torch.float32 and relative_error(a, c) <= GRADIENT_TOLERANCE:
+                continue
+            assert_ratio(a, b, c, ratio, f"gradient of {name}")
+
+
+def check_loss(
+    backend: Backend,
+    p: Problem,
+    reduction: str = "mean",
+    dtypes: Sequence[torch.dtype] = (),
+    **options: Any,
+) -> None:
+    """linear_cross_entropy with these options against the contract written out."""
+    given = {k: v for k, v in options.items() if k not in ("chunk_size", "max_rows")}
+
+    def ours(q: Problem) -> Tensor:
+        loss: Tensor = loss_of(q, reduction, **here(backend, options))
+        return loss
+
+    ratio = 3.0 if options.get("softcap") else 2.0
+    check(backend, p, ours, lambda q: dense(q, reduction, **given), ratio=ratio, dtypes=dtypes)
+
+
+def assert_values(
+    ours: Tensor, want: Tensor, name: str, tolerance: float = VALUE_TOLERANCE
+) -> None:
+    """Each value near to ``tolerance``, relative to its size plus 1; infinities must agree."""
+    assert ours.shape == want.shape and ours.dtype == torch.float32, f"{name}: shape or dtype"
+    finite = want.isfinite()
+    assert torch.equal(ours[~finite].double(), want[~finite]), f"{name}: infinities differ"
+    error = (ours - want)[finite].abs() / (1 + want[finite].abs())
+    assert (error <= tolerance).all(), f"{name} is off by {error.max():.2e}"
+
+
+def _outputs(result: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [result] if isinstance(result, Tensor) else result
+
+
+def _gradients(
+    outputs: Sequence[Tensor], leaves: Sequence[Tensor], upstream: Sequence[Tensor]
+) -> list[Tensor]:
+    moved = [u.to(o) for u, o in zip(upstream, outputs, strict=True)]
+    return [g.cpu() for g in torch.autograd.grad(outputs, leaves, moved)]
+
+
+def assert_ratio(ours: Tensor, plain: Tensor, want: Tensor, ratio: float, name: str) -> None:
+    """The error-ratio rule for a low-precision result and for its worst row.
+
+    One rounding of the result itself is allowed besides: of few values plain PyTorch may hit all.
+    """
+    assert ours.shape == want.shape and ours.isfinite().all(), f"{name}: shape, or not finite"
+    if not ours.numel():
+        return
+    info = torch.finfo(ours.dtype)
+    noise, floor = info.eps / 4, 2 * info.smallest_normal * info.eps
+    if not plain.isfinite().all():  # float16 underflows in plain PyTorch: a few roundings, then
+        plain, noise = want, 2 * info.eps
+    a, b = ((t.detach().double() - want) for t in (ours, plain))
+    allowed = ratio * b.norm() + noise * want.norm() + floor * want.numel() ** 0.5
+    assert a.norm() <= allowed, f"{name} in {ours.dtype} is off by {a.norm()}, plain by {b.norm()}"
+    if want.dim() < 2:
+        return
+    worst, other = a.norm(dim=1).max(), b.norm(dim=1).max()
+    allowed = ratio * other + noise * want.norm(dim=1).max() + floor * want.shape[1] ** 0.5
+    assert worst <= allowed, f"{name} in {ours.dtype}: a row is off by {worst}, plain by {other}"
 
 
 def assert_same_loss(p, loss, expected, tolerance=1e-12):

@@ -8,23 +8,27 @@ from head_cases import (
     FEATURES,
     REDUCTIONS,
     assert_same_loss,
+    check,
+    check_loss,
     dense,
+    dtypes_of,
+    here,
     loss_of,
     options_of,
     problem,
     several_targets,
 )
 
-from varstream.testing import assert_error_ratio, assert_exact, peak_memory
+from varstream.testing import assert_error_ratio, assert_exact, peak_memory, relative_error
 
 
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("names", [*((n,) for n in list(FEATURES)[:4]), EVERYTHING], ids="+".join)
-def test_error_ratio(names, dtype, softcap):
+def test_error_ratio(backend, names, dtype, softcap):
     """At most twice plain PyTorch's error (gradients with softcap: three times)."""
-    low = problem(67, 32, 301, dtype=dtype, ignored=[1, 2, 50])
-    options = options_of(low, names) | {"softcap": softcap, "logit_scale": 1.0}
+    low = problem(67, 32, 301, dtype=dtype, ignored=[1, 2, 50]).on(backend, dtype)
+    options = here(backend, options_of(low, names)) | {"softcap": softcap, "logit_scale": 1.0}
     if "weight" in options:
         options["weight"] = options["weight"].abs()
     results = []
@@ -43,27 +47,34 @@ CONFIDENT = [("z_loss",), ("smoothing",), ("z_loss", "token_weight")]
 
 @pytest.mark.parametrize("names", CONFIDENT, ids="+".join)
 @pytest.mark.parametrize("margin", [5.0, 15.0, 40.0, 90.0])
-def test_confident_targets(margin, names):
+def test_confident_targets(backend, margin, names):
     """p(target) -> 1: what z-loss and smoothing leave must not drown in the rounding of 1."""
-    p = problem(16, 16, 16, bias=False)
+    p = problem(16, 16, 16, bias=False).on(backend, torch.float64)
     with torch.no_grad():
         p.weight.copy_(torch.eye(16, dtype=torch.float64))
         p.input.copy_(torch.eye(16, dtype=torch.float64)[p.target] * margin)
-    options = options_of(p, names) | ({"z_loss": 1e-4} if "z_loss" in names else {})
+    options = here(backend, options_of(p, names))
+    if "z_loss" in names:
+        options["z_loss"] = 1e-4
     single, plain = p.cast(torch.float32), p.cast(torch.float32)
     results = []
     for q in (single, plain, p):
         loss = loss_of(q, chunk_size=5, **options) if q is single else dense(q, **options)
         results.append(torch.autograd.grad(loss, q.leaves))
     for ours, theirs, truth in zip(*results, strict=True):
-        assert_error_ratio(ours, theirs, truth)
+        if backend.exact:
+            assert_error_ratio(ours, theirs, truth)
+        else:  # kernels sum in another order, and their exponentials are off by a few 1e-7
+            allowed = max(3 * relative_error(theirs, truth), 1e-5)
+            assert relative_error(ours, truth) <= allowed
 
 
+@pytest.mark.parametrize("offset", [2.0**20, 2.0**24])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_common_offset_of_the_logits(reduction):
-    """Exact logits around 2^24 in float32: the smoothed loss is a difference of such numbers."""
-    p = several_targets(problem(16, 8, 23, bias=False, dtype=torch.float32))
-    options = options_of(p, ("class_weight", "smoothing", "token_weight"))
+def test_common_offset_of_the_logits(backend, reduction, offset):
+    """Exact logits far out in float32: the smoothed loss is a difference of such numbers."""
+    p = several_targets(problem(16, 8, 23, bias=False)).on(backend, torch.float32)
+    options = here(backend, options_of(p, ("class_weight", "smoothing", "token_weight")))
     with torch.no_grad():
         p.weight.copy_(torch.randint(-1, 2, p.weight.shape) * 2.0)
         p.input.copy_(torch.randint(-1, 2, p.input.shape).float())
@@ -72,7 +83,7 @@ def test_common_offset_of_the_logits(reduction):
     upstream = torch.rand_like(plain)
     (wanted,) = torch.autograd.grad(plain, p.weight, upstream)
     with torch.no_grad():
-        p.input[:, 0] = 2.0**24
+        p.input[:, 0] = offset
     moved = loss_of(p, reduction, chunk_size=5, **options)
     assert_exact(moved, plain, 1e-6)
     (grad,) = torch.autograd.grad(moved, p.weight, upstream)
@@ -82,16 +93,20 @@ def test_common_offset_of_the_logits(reduction):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_row_factors_of_zero(reduction, softcap, dtype):
+def test_row_factors_of_zero(backend, reduction, softcap, dtype):
     """Weights that cancel leave gradients at a row's targets only, or none at all."""
     tolerance = torch.finfo(dtype).eps * 16
-    p = problem(4, bias=False, dtype=dtype)
+    p = problem(4, bias=False)
     p.target = torch.tensor([[1, 2], [3, 4], [5, 5], [6, 7]])
+    p = p.on(backend, dtype)
     factors = torch.tensor([[1.0, -1.0], [2.0, -2.0], [1.0, -1.0], [0.0, 0.0]], dtype=dtype)
+    factors = backend.here(factors)
     options = {"token_weight": factors, "softcap": softcap}
     loss = loss_of(p, reduction, **options)
     assert_same_loss(p, loss, dense(p, reduction, **options), tolerance)
-    weight = torch.cat([torch.ones(10), torch.full((10,), -1.0), torch.zeros(3)]).to(dtype)
+    weight = torch.cat([torch.ones(10), torch.full((10,), -1.0), torch.zeros(3)]).to(
+        p.target.device, dtype
+    )
     options = {"weight": weight, "label_smoothing": 1.0, "softcap": softcap}
     if reduction == "mean":
         options["normalizer"] = 3.0
@@ -108,30 +123,34 @@ def banned(p):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_banned_classes(reduction):
+def test_banned_classes(backend, reduction):
     """A bias of -inf gives no NaN: not with z-loss and weights, nor with smoothing where the class
     weighs nothing."""
     p = problem(9, ignored=[3])
     classes = banned(p)
     options = options_of(p, ("z_loss", "token_weight", "class_weight"))
-    loss = loss_of(p, reduction, chunk_size=5, **options)
-    assert_same_loss(p, loss, dense(p, reduction, **options))
+    check_loss(backend, p, reduction, chunk_size=5, **options)
     options["weight"][classes] = 0.0
-    smoothed = loss_of(p, reduction, chunk_size=5, label_smoothing=0.2, **options)
-    finite = p.cast(torch.float64)  # with a probability of 0 all the same
-    finite.bias = p.bias.detach().clamp(min=-1e3).requires_grad_()
-    expected = dense(finite, reduction, label_smoothing=0.2, **options)
-    assert_exact(smoothed, expected)
-    upstream = torch.randn_like(smoothed)
-    ours = torch.autograd.grad(smoothed, p.leaves, upstream)
-    for a, b in zip(ours, torch.autograd.grad(expected, finite.leaves, upstream), strict=True):
-        assert_exact(a, b)
+    options["label_smoothing"] = 0.2
+
+    def finite(q):
+        """With a probability of 0 all the same."""
+        return type(q)(q.input, q.weight, q.bias.clamp(min=-1e3), q.target)
+
+    moved = here(backend, options)
+    check(
+        backend,
+        p,
+        lambda q: loss_of(q, reduction, chunk_size=5, **moved),
+        lambda q: dense(finite(q), reduction, **options),
+    )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_smoothing_over_a_banned_class_is_infinite_as_in_torch(reduction):
+def test_smoothing_over_a_banned_class_is_infinite_as_in_torch(backend, reduction):
     p = problem(9)
     banned(p)
+    p = p.on(backend, dtypes_of(backend)[0])
     loss = loss_of(p, reduction, label_smoothing=0.2)
     expected = torch.nn.functional.cross_entropy(
         p.logits(), p.target, label_smoothing=0.2, reduction=reduction
@@ -142,28 +161,31 @@ def test_smoothing_over_a_banned_class_is_infinite_as_in_torch(reduction):
         torch.autograd.grad(expected.sum(), p.leaves),
         strict=True,
     ):
-        assert_exact(ours, theirs)
+        assert_exact(ours, theirs, 1e-12 if backend.exact else 1e-6)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_a_banned_target_of_weight_zero(reduction):
+def test_a_banned_target_of_weight_zero(backend, reduction):
     """Its infinite loss counts for nothing, though z-loss keeps the row."""
     p = problem(9)
     with torch.no_grad():
         p.bias[int(p.target[4])] = -torch.inf
     factors = (p.target != p.target[4]).double()
     options = {"token_weight": factors, "z_loss": 0.1}
-    loss = loss_of(p, reduction, chunk_size=4, **options)
-    q = problem(9)
-    q.input, q.weight, q.bias, q.target = p.input, p.weight, p.bias, p.target.clone()
-    q.target[factors == 0] = int(p.target[factors != 0][0])  # any class: its weight is 0
-    expected = dense(q, reduction, **options)
-    assert_same_loss(q, loss, expected)
+    other = p.target.clone()
+    other[factors == 0] = int(p.target[factors != 0][0])  # any class: its weight is 0
+    moved = here(backend, options)
+    check(
+        backend,
+        p,
+        lambda q: loss_of(q, reduction, chunk_size=4, **moved),
+        lambda q: dense(type(q)(q.input, q.weight, q.bias, other), reduction, **options),
+    )
 
 
-def test_bitwise_repeatable():
-    p = several_targets(problem(130, 33, 501, dtype=torch.float32, ignored=[5]))
-    options = options_of(p, EVERYTHING)
+def test_bitwise_repeatable(backend):
+    p = several_targets(problem(130, 33, 501, ignored=[5])).on(backend, torch.float32)
+    options = here(backend, options_of(p, EVERYTHING))
     runs = []
     for _ in range(2):
         loss = loss_of(p, chunk_size=32, **options)

@@ -1,21 +1,41 @@
-"""linear_cross_entropy against dense autograd: values, gradients, isolation, memory, bad input."""
+"""linear_cross_entropy against dense autograd: values, gradients, isolation, memory, bad input; in
+float64 on the CPU, and in the kernels' dtypes where those run."""
 
 import pytest
 import torch
+from attention_cases import on
 from head_cases import (
     CHUNK_SIZES,
     IGNORED,
+    KERNELS,
     REDUCTIONS,
     ROWS,
     SCALINGS,
     assert_same_loss,
+    check,
+    check_loss,
+    dtypes_of,
     loss_of,
     problem,
     shrink_blocks,
+    turn,
 )
 
 import varstream as vs
-from varstream.testing import assert_error_ratio, assert_exact, peak_memory
+from varstream.testing import assert_error_ratio, assert_exact, peak_memory, relative_error
+
+
+def against_torch(backend, p, reduction, chunk_size, dtypes=(), **scaling):
+    """Both sides of a problem: ours, and torch's cross_entropy of all logits."""
+    check(
+        backend,
+        p,
+        lambda q: loss_of(q, reduction, chunk_size=chunk_size, **scaling),
+        lambda q: q.dense_loss(reduction, **scaling),
+        ratio=3.0 if scaling.get("softcap") else 2.0,
+        dtypes=dtypes,
+    )
+
 
 # --- values and gradients -------------------------------------------------------------------------
 
@@ -23,25 +43,24 @@ from varstream.testing import assert_error_ratio, assert_exact, peak_memory
 @pytest.mark.parametrize("chunk_size", CHUNK_SIZES)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_equals_dense(reduction, rows, chunk_size):
+def test_equals_dense(backend, reduction, rows, chunk_size):
     p = problem(rows, ignored=[0, 7])
-    assert_same_loss(p, loss_of(p, reduction, chunk_size=chunk_size), p.dense_loss(reduction))
+    against_torch(backend, p, reduction, chunk_size, turn(backend, reduction, rows, chunk_size))
 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_scalings_equal_dense(reduction, scaling, bias):
-    p = problem(17, bias=bias, ignored=[3])
-    loss = loss_of(p, reduction, chunk_size=5, **scaling)
-    assert_same_loss(p, loss, p.dense_loss(reduction, **scaling))
+def test_scalings_equal_dense(backend, reduction, scaling, bias):
+    dtypes = turn(backend, reduction, scaling, bias)
+    against_torch(backend, problem(17, bias=bias, ignored=[3]), reduction, 5, dtypes, **scaling)
 
 
 @pytest.mark.parametrize("ignored", IGNORED.values(), ids=IGNORED)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_ignored_rows_equal_dense(reduction, ignored):
-    p = problem(16, ignored=ignored)
-    assert_same_loss(p, loss_of(p, reduction, chunk_size=4), p.dense_loss(reduction))
+def test_ignored_rows_equal_dense(backend, reduction, ignored):
+    dtypes = turn(backend, reduction, ignored)
+    against_torch(backend, problem(16, ignored=ignored), reduction, 4, dtypes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
@@ -60,11 +79,35 @@ def test_inner_blocks(monkeypatch, reduction, scaling, dtype):
         assert_exact(a, b, torch.finfo(dtype).eps * 8)
 
 
-@pytest.mark.parametrize("width, classes", [(1, 1), (1, 2), (300, 7), (300, 7001)])
-def test_shapes_equal_dense(width, classes):
+@pytest.mark.parametrize("width, classes", [(1, 1), (1, 2), (300, 7), (300, 7001), (8, 31)])
+def test_shapes_equal_dense(backend, width, classes):
     """One class, one feature, a width above 256 with bias, more classes than one weight block."""
-    p = problem(13, width, classes, ignored=[2])
-    assert_same_loss(p, loss_of(p, chunk_size=6), p.dense_loss("mean"))
+    against_torch(backend, problem(13, width, classes, ignored=[2]), "mean", 6)
+
+
+# Ends of a 16-byte word of 4 and of 8 logits, of a block's step of 2 words a thread.
+EDGES = [3, 4, 5, 8, 9, 16, 2047, 2048, 2049, 4095, 4096, 4097]
+
+
+@on(*KERNELS)
+@pytest.mark.parametrize("classes", EDGES)
+def test_edges_of_words_and_steps(backend, classes):
+    against_torch(backend, problem(2, 24, classes), "sum", None)
+
+
+@on(*KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [301, *EDGES])
+def test_logits_in_the_dtype_of_the_inputs(backend, classes, dtype):
+    """Rounded as plain PyTorch's are."""
+    check(
+        backend,
+        problem(13 if classes == 301 else 2, 24, classes, ignored=[5]),
+        lambda q: loss_of(q, "none", logits_dtype=dtype, chunk_size=5),
+        lambda q: q.dense_loss("none"),
+        dtypes=[dtype],
+        rounded=True,
+    )
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -80,7 +123,7 @@ def test_gradcheck(reduction):
 
 
 @pytest.mark.parametrize("kind", ["int", "float", "0-d", "1-d", "int64"])
-def test_normalizer_divides_the_sum(kind):
+def test_normalizer_divides_the_sum(backend, kind):
     p = problem(ignored=[4])
     made = {
         "int": 37,
@@ -89,7 +132,9 @@ def test_normalizer_divides_the_sum(kind):
         "1-d": torch.tensor([37.0]),
         "int64": torch.tensor(37),
     }
-    assert_same_loss(p, loss_of(p, normalizer=made[kind]), p.dense_loss("sum") / 37)
+    normalizer = backend.here(made[kind])
+    ours = lambda q: loss_of(q, normalizer=normalizer)  # noqa: E731
+    check(backend, p, ours, lambda q: q.dense_loss("sum") / 37)
 
 
 def test_a_float_normalizer_keeps_the_precision_of_the_loss():
@@ -136,40 +181,59 @@ def test_direct_calls_are_checked(change, message):
 
 
 @pytest.mark.parametrize("normalizer", [None, 0, 5, torch.tensor(0), torch.tensor(5.0)])
-def test_all_ignored_gives_zero_loss_and_zero_gradients(normalizer):
-    p = problem(ignored=IGNORED["all"])
-    loss = loss_of(p, normalizer=normalizer)
-    assert loss.item() == 0.0
-    for leaf, grad in zip(p.leaves, torch.autograd.grad(loss, p.leaves), strict=True):
-        assert torch.equal(grad, torch.zeros_like(leaf))
+def test_all_ignored_gives_zero_loss_and_zero_gradients(backend, normalizer):
+    for dtype in dtypes_of(backend):
+        p = problem(ignored=IGNORED["all"]).on(backend, dtype)
+        loss = loss_of(p, normalizer=backend.here(normalizer))
+        assert loss.item() == 0.0
+        for leaf, grad in zip(p.leaves, torch.autograd.grad(loss, p.leaves), strict=True):
+            assert torch.equal(grad, torch.zeros_like(leaf))
 
 
-def test_ignored_rows_of_none_are_plain_zero():
-    p = problem(ignored=[2, 9])
+def test_ignored_rows_of_none_are_plain_zero(backend):
+    p = problem(ignored=[2, 9]).on(backend, dtypes_of(backend)[0])
     loss = loss_of(p, "none")
     assert not torch.signbit(loss[~p.valid]).any() and not loss[~p.valid].any()
 
 
-def test_ignore_index_may_be_a_class():
+def test_ignore_index_may_be_a_class(backend):
     p = problem()
     p.target[::3] = 5
-    loss = loss_of(p, ignore_index=5)
-    expected = torch.nn.functional.cross_entropy(p.logits(), p.target, ignore_index=5)
-    assert_same_loss(p, loss, expected)
+    cross_entropy = torch.nn.functional.cross_entropy
+    check(
+        backend,
+        p,
+        lambda q: loss_of(q, ignore_index=5),
+        lambda q: cross_entropy(q.logits(), q.target, ignore_index=5),
+    )
 
 
-def test_masked_classes_with_infinite_bias():
+def test_masked_classes_with_infinite_bias(backend):
     p = problem(bias=True)
     with torch.no_grad():
         p.bias[[c for c in range(23) if c not in set(p.target.tolist())][0]] = -torch.inf
-    assert_same_loss(p, loss_of(p, chunk_size=5), p.dense_loss("mean"))
+    against_torch(backend, p, "mean", 5)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_result_hardly_depends_on_chunk_size(reduction):
-    p = problem(61, dtype=torch.float32)
-    for size in (1, 4, 7, 16):
-        assert_same_loss(p, loss_of(p, reduction, chunk_size=size), loss_of(p, reduction), 1e-6)
+def test_result_hardly_depends_on_chunk_size(backend, reduction):
+    """The weight's gradient is summed over chunks in another order; a row's values not at all."""
+    p = problem(61).on(backend, torch.float32)
+    for size in (1, 4, 7, 16, None):
+        whole = loss_of(p, reduction, chunk_size=100)
+        assert_same_loss(p, loss_of(p, reduction, chunk_size=size), whole, 1e-6)
+
+
+@on(*KERNELS)
+def test_a_bound_on_the_rows(backend):
+    """As many rows as said are walked, whatever their number turns out to be; too many: NaN."""
+    p = problem(17, ignored=[0, 3, 16])
+    for bound in (14, 15, 17, 400):
+        for reduction in REDUCTIONS:
+            check_loss(backend, p, reduction, chunk_size=4, max_rows=bound)
+    q = p.on(backend, torch.float32)
+    assert loss_of(q, max_rows=13).isnan()
+    assert loss_of(q, "none", max_rows=13).isnan().any()
 
 
 # --- numerics -------------------------------------------------------------------------------------
@@ -177,9 +241,9 @@ def test_result_hardly_depends_on_chunk_size(reduction):
 
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_error_ratio(dtype, softcap):
+def test_low_precision_error_ratio(backend, dtype, softcap):
     """At most twice plain PyTorch's error (gradients with softcap: three times)."""
-    low = problem(67, 32, 301, dtype=dtype, ignored=[1, 2, 50])
+    low = problem(67, 32, 301, dtype=dtype, ignored=[1, 2, 50]).on(backend, dtype)
     exact = low.cast(torch.float64)
     plain = low.cast(dtype)
     results = []
@@ -195,9 +259,9 @@ def test_low_precision_error_ratio(dtype, softcap):
 
 
 @pytest.mark.parametrize("margin", [5.0, 15.0, 40.0])
-def test_confident_targets(margin):
+def test_confident_targets(backend, margin):
     """p(target) -> 1: the gradient p - 1 must not be lost to a rounded p."""
-    p = problem(16, 16, 16, bias=False)
+    p = problem(16, 16, 16, bias=False).on(backend, torch.float64)
     with torch.no_grad():
         p.weight.copy_(torch.eye(16, dtype=torch.float64))
         p.input.copy_(torch.eye(16, dtype=torch.float64)[p.target] * margin)
@@ -210,13 +274,19 @@ def test_confident_targets(margin):
         torch.autograd.grad(p.dense_loss("mean"), p.leaves),
         strict=True,
     ):
-        assert_error_ratio(ours, theirs, truth)
+        if backend.exact:
+            assert_error_ratio(ours, theirs, truth)
+            continue
+        # Kernels sum in another order, and their exponentials are off by a few 1e-7.
+        allowed = max(3 * relative_error(theirs, truth), 1e-6)
+        assert relative_error(ours, truth) <= allowed
 
 
+@pytest.mark.parametrize("offset", [2.0**20, 2.0**24])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_common_offset_of_the_logits(reduction):
-    """Logits around 2^24 in float32, exactly representable: loss and dX as without the offset."""
-    p = problem(16, 8, 23, bias=False, dtype=torch.float32)
+def test_common_offset_of_the_logits(backend, reduction, offset):
+    """Logits far out in float32, exactly representable: loss and dX as without the offset."""
+    p = problem(16, 8, 23, bias=False).on(backend, torch.float32)
     with torch.no_grad():
         p.weight.copy_(torch.randint(-1, 2, p.weight.shape) * 2.0)
         p.input.copy_(torch.randint(-1, 2, p.input.shape).float())
@@ -225,24 +295,24 @@ def test_common_offset_of_the_logits(reduction):
     upstream = torch.rand_like(plain)
     (wanted,) = torch.autograd.grad(plain, p.weight, upstream)
     with torch.no_grad():
-        p.input[:, 0] = 2.0**24
+        p.input[:, 0] = offset
     moved = loss_of(p, reduction, chunk_size=5)
     assert_exact(moved, plain, 1e-6)
     (grad,) = torch.autograd.grad(moved, p.weight, upstream)
     assert_exact(grad[:, 1:], wanted[:, 1:], 1e-5)
 
 
-def test_underflowing_target_probability():
+def test_underflowing_target_probability(backend):
     """p(target) = 0 in float32, yet its loss is the logits' gap."""
-    x = torch.tensor([[1.0]], requires_grad=True)
-    weight = torch.tensor([[500.0], [0.0]], requires_grad=True)
-    loss = vs.linear_cross_entropy(x, weight, torch.tensor([1]))
+    x = backend.here(torch.tensor([[1.0]])).requires_grad_()
+    weight = backend.here(torch.tensor([[500.0], [0.0]])).requires_grad_()
+    loss = vs.linear_cross_entropy(x, weight, backend.here(torch.tensor([1])))
     assert loss.item() == 500.0
     assert torch.autograd.grad(loss, x)[0].item() == 500.0
 
 
-def test_bitwise_repeatable():
-    p = problem(130, 33, 501, dtype=torch.float32, ignored=[5])
+def test_bitwise_repeatable(backend):
+    p = problem(130, 33, 501, ignored=[5]).on(backend, torch.float32)
     runs = []
     for _ in range(2):
         loss = loss_of(p, chunk_size=32)
@@ -256,8 +326,8 @@ def test_bitwise_repeatable():
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
 @pytest.mark.parametrize("ignored", [k for k in IGNORED if k != "none"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_ignored_rows_are_never_read(reduction, ignored, garbage):
-    p = problem(ignored=IGNORED[ignored])
+def test_ignored_rows_are_never_read(backend, reduction, ignored, garbage):
+    p = problem(ignored=IGNORED[ignored]).on(backend, dtypes_of(backend)[-1])
     clean = loss_of(p, reduction, chunk_size=4)
     upstream = torch.randn_like(clean)
     wanted = torch.autograd.grad(clean, p.leaves, upstream)
