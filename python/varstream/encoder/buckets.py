@@ -41,7 +41,7 @@ def mpnet_buckets(
     check_int("max_distance", max_distance, low=exact + 1)
     distance = _distances(longest, device)
     away = distance.abs()
-    # The float32 steps of the models' own code: another order moves a border by one.
+    # In float32, as the models' own code does it, so that borders fall alike.
     far = away.float().clamp_(min=1.0) / exact
     steps = far.log() / math.log(max_distance / exact) * (half - exact)
     logarithmic = (exact + steps.to(torch.int64)).clamp_(max=half - 1)
@@ -82,7 +82,7 @@ def deberta_buckets(
                 f"{2 * (max_relative_positions - 1)}, got {position_buckets}"
             )
         away = back.abs()
-        # The float32 steps of the models' own code: another order moves a border by one.
+        # In float32, as the models' own code does it, so that borders fall alike.
         ratio = torch.tensor((max_relative_positions - 1) / middle, device=device)
         far = away.clamp(min=middle - 1) / middle
         steps = (far.log() / ratio.log() * (middle - 1)).ceil() + middle

@@ -236,18 +236,19 @@ def probabilities(
     h, members, rows, _ = part.q.shape
     n, heads = part.k.shape[2], slice(piece.h0, piece.h1)
     scores = part.q.new_empty(h, members, rows, n)
-    bias = content = None
+    terms = []
     if distances.table is not None:
         # Windows over the distances, last first, are the rows.
         row = distances.table[heads, distances.columns(piece, n)]
-        bias = row.unfold(1, n, 1).flip(1).unsqueeze(1)
+        terms.append(row.unfold(1, n, 1).flip(1).unsqueeze(1))
     if distances.key is not None:
         key = distances.key[heads, :, distances.columns(piece, n)]
-        content = shifted(torch.bmm(by_head(part.q), key).view(h, members, rows, -1), n)
-    if bias is not None and content is not None:
-        torch.add(content, bias, out=scores)
-    elif bias is not None or content is not None:
-        scores.copy_(content if bias is None else bias)
+        content = torch.bmm(by_head(part.q), key).view(h, members, rows, -1)
+        terms.append(shifted(content, n))
+    if len(terms) == 2:
+        torch.add(*terms, out=scores)
+    elif terms:
+        scores.copy_(terms[0])
     else:
         scores.zero_()
     if distances.query is not None:
