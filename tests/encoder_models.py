@@ -127,6 +127,22 @@ def batch(mask: torch.Tensor = MASK, name: str = "BertModel") -> dict[str, torch
     return inputs
 
 
+def labels_for(name: str, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Labels of the stock head ``name``, -100 on padding."""
+    if name == "BertForPreTraining":
+        sentences = torch.randint(2, mask.shape[:1])
+        return labels_for("ForMaskedLM", mask) | {"next_sentence_label": sentences}
+    if name == "AlbertForPreTraining":
+        sentences = torch.randint(2, mask.shape[:1])
+        return labels_for("ForMaskedLM", mask) | {"sentence_order_label": sentences}
+    if name == "ElectraForPreTraining":
+        return {"labels": torch.randint(2, mask.shape)}
+    if name.endswith(("SequenceClassification", "NextSentencePrediction")):
+        return {"labels": torch.randint(2, mask.shape[:1])}
+    most = 3 if name.endswith("TokenClassification") else VOCAB
+    return {"labels": torch.randint(most, mask.shape).masked_fill(mask == 0, -100)}
+
+
 KEY_BIASES = {
     "pos_key_proj.bias": "query_proj.bias",
     "key.bias": "query.bias",

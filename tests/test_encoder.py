@@ -20,6 +20,7 @@ from encoder_models import (
     assert_gradients,
     batch,
     gradients,
+    labels_for,
     make,
     twins,
 )
@@ -171,87 +172,6 @@ def test_activations(prefix, act):
     key = "activation" if prefix == "DistilBert" else "hidden_act"
     dense, ours = twins(name, **{key: act})
     assert_same_encoder(dense, ours, batch(FIRST_KEPT, name), FIRST_KEPT)
-
-
-# --- heads ----------------------------------------------------------------------------------------
-
-HEADS = [
-    *(f"{p}For{h}" for p in PREFIXES for h in ("MaskedLM", "TokenClassification")),
-    *(f"{p}ForSequenceClassification" for p in PREFIXES),
-    *("BertForPreTraining", "BertForNextSentencePrediction", "ElectraForPreTraining"),
-    "AlbertForPreTraining",
-]
-
-
-def labels_for(name, mask):
-    if name == "BertForPreTraining":
-        sentences = torch.randint(2, mask.shape[:1])
-        return labels_for("ForMaskedLM", mask) | {"next_sentence_label": sentences}
-    if name == "AlbertForPreTraining":
-        sentences = torch.randint(2, mask.shape[:1])
-        return labels_for("ForMaskedLM", mask) | {"sentence_order_label": sentences}
-    if name == "ElectraForPreTraining":
-        return {"labels": torch.randint(2, mask.shape)}
-    if name.endswith(("SequenceClassification", "NextSentencePrediction")):
-        return {"labels": torch.randint(2, mask.shape[:1])}
-    most = 3 if name.endswith("TokenClassification") else VOCAB
-    return {"labels": torch.randint(most, mask.shape).masked_fill(mask == 0, -100)}
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_heads_equal_padded(name):
-    """Loss, logits on real positions and every gradient, through transformers' own head."""
-    dense, ours = twins(name, **({"num_labels": 2} if name == "AlbertForPreTraining" else {}))
-    inputs = batch(FIRST_KEPT, name) | labels_for(name, FIRST_KEPT)
-    want, got = dense(**inputs), ours(**inputs)
-    assert type(got) is type(want) and list(got) == list(want)
-    if name == "ModernBertForMaskedLM":  # its loss is in float32
-        assert_exact(got.loss, want.loss, tolerance=1e-6)
-        labels = inputs["labels"]
-        for out in (got, want):
-            out.loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten())
-    assert_exact(got.loss, want.loss, tolerance=1e-12)
-    for field in want:
-        if want[field].shape[:2] == FIRST_KEPT.shape:
-            real = (FIRST_KEPT != 0).view(FIRST_KEPT.shape + (1,) * (want[field].dim() - 2))
-            assert_exact(got[field] * real, want[field] * real, name=field)
-    assert_gradients(gradients(ours, got.loss), gradients(dense, want.loss))
-
-
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_multiple_choice(prefix):
-    name = f"{prefix}ForMultipleChoice"
-    dense, ours = twins(name)
-    inputs = batch(FIRST_KEPT, name)
-    inputs = {n: v.view(2, 2, -1) for n, v in inputs.items()} | {"labels": torch.tensor([0, 1])}
-    want, got = dense(**inputs), ours(**inputs)
-    assert_exact(got.logits, want.logits)
-    assert_gradients(gradients(ours, got.loss), gradients(dense, want.loss), "classifier.bias")
-
-
-@pytest.mark.parametrize("prefix", PREFIXES)
-def test_question_answering(prefix):
-    """Logits on real positions always; the span loss where nothing is padding."""
-    name = f"{prefix}ForQuestionAnswering"
-    dense, ours = twins(name, num_labels=2)
-    inputs = batch(MASK, name)
-    want, got = dense(**inputs), ours(**inputs)
-    assert_exact(got.start_logits * MASK, want.start_logits * MASK)
-    spans = {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 2])}
-    full = batch(torch.ones(2, 6, dtype=torch.int64), name)
-    assert_exact(ours(**full, **spans).loss, dense(**full, **spans).loss)
-    spans = {name: torch.zeros(len(MASK), dtype=torch.int64) for name in spans}
-    with pytest.raises(ValueError, match="start_positions can't be honoured on a padded batch"):
-        ours(**inputs, **spans)
-
-
-def test_tuples():
-    dense, ours = twins("BertForMaskedLM")
-    inputs = batch(FIRST_KEPT) | {"return_dict": False}
-    assert len(ours(**inputs)) == len(dense(**inputs)) == 1
-    assert len(ours.bert(**inputs)) == len(dense.bert(**inputs)) == 1
-    positional = ours.bert(inputs["input_ids"], FIRST_KEPT, inputs["token_type_ids"])
-    assert torch.equal(positional[0], ours.bert(**inputs)[0])
 
 
 # --- training -------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from encoder_models import (
     make,
     twins,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import varstream as vs
@@ -82,6 +84,27 @@ def test_deberta_of_a_published_shape():
     changes = {"position_buckets": 256, "max_position_embeddings": 512, "num_hidden_layers": 1}
     dense, ours = twins("DebertaV2Model", **changes)
     assert_same(dense, ours, (torch.arange(300) < torch.tensor([[300], [7]])).long(), "DebertaV2")
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from(["MPNet", "DebertaV2", "ModernBert"]),
+    st.integers(1, 4),
+    st.integers(1, 12),
+    st.integers(0, 2**30),
+)
+def test_any_mask(prefix, rows, columns, seed):
+    """Where distances count: holes of every kind, rows without a token."""
+    mask = torch.randint(2, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    changes = {"pooler": False} if prefix == "MPNet" else {}
+    dense, ours = twins(f"{prefix}Model", num_hidden_layers=2, **changes)
+    some = mask.any(1)
+    inputs = batch(mask, prefix)
+    got = ours(**inputs).last_hidden_state
+    assert (got[mask == 0] == 0).all()
+    if some.any():
+        want = dense(**{name: value[some] for name, value in inputs.items()}).last_hidden_state
+        assert_exact(got[mask != 0], want[mask[some] != 0])
 
 
 def test_mpnet_over_far_distances():

@@ -161,6 +161,7 @@ def test_twice_and_back(folder):
     want = embeddings(model)
     padding_free(padding_free(model))
     assert "forward" in model[1].__dict__
+    assert_exact(embeddings(copy.deepcopy(model)), want, tolerance=1e-5)
     restore_padding(model)
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert torch.equal(embeddings(model), want)

@@ -90,9 +90,9 @@ def _with_gaps(
     real = mask != 0
     seen = real.cumsum(1)  # (B, S) real tokens up to and including each position
     inside = (seen > 0) & (seen - real.to(seen.dtype) < seen[:, -1:])
-    spans = pack(x, inside)
-    if spans.indices.shape == packed.indices.shape:
+    if int(inside.sum()) == packed.indices.shape[0]:
         return packed, None, None
+    spans = pack(x, inside)
     gaps = ~real.flatten()[spans.indices]
     values = spans.values
     if values.is_floating_point():  # may be anything in padding
