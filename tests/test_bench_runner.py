@@ -270,6 +270,14 @@ def test_the_barred_cases_are_those_promised():
         "seconds": 0.15,
         "over_lower_bound": 0.0005,
     }
+    assert barred.pop("embedding/forward_64") == {
+        "time/padded": 0.2,
+        "time/sorted": pytest.approx(2 / 3),
+        "time/onnx_padded": 1.0,
+    }
+    assert barred.pop("embedding/step_64") == {"time/padded": 0.25}
+    for name in ("embedding/full_forward", "embedding/full_step"):
+        assert barred.pop(name) == {"time/padded": 1.05}
     on_gpu = [name for name in barred if name.startswith("attention_")]
     # test_bench_attention.py and test_bench_gradients.py have these: 41 packs, forward and
     # backward, 12 chunks and 7 sums.
