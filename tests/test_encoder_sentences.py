@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from encoder_models import make
-from sentence_transformers import SentenceTransformer
+from sentence_transformers import CrossEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -196,5 +196,9 @@ def test_what_is_refused(folder, tmp_path):
     hooked[0].model.encoder.layer[0].output.register_forward_hook(lambda *_: None)
     with pytest.raises(vs.UnsupportedModelError, match="encoder.layer.0.output has hooks"):
         padding_free(hooked)
+    with pytest.raises(
+        vs.UnsupportedModelError, match="the model is a .*CrossEncoder, not a class"
+    ):
+        padding_free(CrossEncoder(folder, device="cpu"))
     for left in (model, unpadding, hooked):
         assert not any("_varstream_padding_free" in m.__dict__ for m in left.modules())

@@ -78,8 +78,8 @@ def padding_free(model: Any, output_packed: bool = False) -> Any:
     family = family_of(model)
     if any(STATE in module.__dict__ for module in model.modules()):
         restore_padding(model)
-    backbone = model.base_model
     check_stock("the model", model, family.kind)
+    backbone = model.base_model
     head = head_of(model)
     if output_packed and model is not backbone:
         head.check_output_packed(model)
