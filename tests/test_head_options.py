@@ -117,6 +117,8 @@ def test_random_options(
     if reduction == "mean":
         options["normalizer"] = normalizer
     dtypes = dtypes_of(backend)
+    if rows < 8 or classes < 7:  # plain PyTorch's few roundings may all be lucky
+        dtypes = dtypes[:1]
     moved = here(backend, options)
     check(
         backend,

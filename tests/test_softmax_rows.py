@@ -12,6 +12,7 @@ from row_cases import (
     LARGE_BYTES,
     RESIDENCIES,
     SCHEDULES,
+    SOFTMAX_INPUTS,
     SOFTMAX_RESULTS,
     WORD,
     Rows,
@@ -19,6 +20,7 @@ from row_cases import (
     cluster_barriers,
     device,
     long_classes,
+    operator,
     softmax_rows,
 )
 
@@ -392,6 +394,34 @@ def test_the_entry_of_a_likely_target(backend, dtypes, gap):
         want = truth(values, target, dnll=scale)["gradient"].gather(1, target)
         error = ((found["gradient"].gather(1, target) - want) / want).abs().max()
         assert error < (0.004 if dtypes[1] in HALVES else 1e-3), error
+
+
+@on(*KERNELS)
+@pytest.mark.parametrize("everything", [False, True], ids=["plain", "everything"])
+def test_the_entry_of_a_certain_target(backend, everything):
+    """Where the sum's own rounding is seen, the entry is still that of the log-probability."""
+    values, target = logits(4, 40, torch.float32, 0.5), torch.randint(0, 40, (4, 1))
+    values.scatter_(1, target, 15.0)
+    given = {"dsmooth": torch.zeros(4)} if everything else {}
+    found = softmax_rows(backend, Rows(values), target, gradient=torch.float32, **given)
+    entry, want = found["gradient"].gather(1, target), torch.expm1(found["logp"].double())
+    assert ((entry - want) / want).abs().max() < 1e-5
+    assert (want.abs() < 1e-4).all() and want.any()
+
+
+@on("emulated")
+@each_pair
+def test_targets_at_the_ends_of_all_memory(backend, dtypes):
+    """Nothing stands before or behind these rows, which a sanitizer watches."""
+    values = logits(3, 16, dtypes[0])
+    target = torch.tensor([[-1, 0], [3, 16], [16, 15]])
+    given, rest = options_of(3, 16, 2)
+    logp = torch.full((3, 2), torch.nan)
+    inputs = [given[name] for name in SOFTMAX_INPUTS]
+    arguments = (16, 0, None, target, *rest["scaling"], *inputs, dtypes[1], logp, *[None] * 8)
+    operator(backend, "softmax_rows_")(values, *arguments)
+    assert torch.equal(logp.isnan(), (target < 0) | (target > 15))
+    assert values.view(dtypes[1])[:, :16].isfinite().all()
 
 
 @on(*KERNELS)
