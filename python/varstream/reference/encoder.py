@@ -24,10 +24,14 @@ def _blocks(rows: int, width: int) -> Iterator[slice]:
 
 def _summed(x: Tensor, bias: Tensor | None, residual: Tensor | None, rows: slice) -> Tensor:
     """x + bias + residual of some rows (n, d), in acc dtype."""
-    z = x[rows].to(acc_dtype(x.dtype))
+    given = x[rows]
+    z = given.to(acc_dtype(x.dtype))
     if bias is not None:
         z = z + bias
-    return z if residual is None else z + residual[rows]
+    if residual is None:
+        return z
+    fresh = bias is not None or z.dtype != given.dtype  # nobody else's memory
+    return z.add_(residual[rows]) if fresh else z + residual[rows]
 
 
 def layer_norm_forward(
@@ -49,9 +53,13 @@ def layer_norm_forward(
     """
     n, d = x.shape
     acc = acc_dtype(x.dtype)
+    scale, shift = (None if t is None else t.to(acc) for t in (weight, ln_bias))
+    if x.dtype == acc and n * d <= BLOCK_ELEMENTS:  # one block: nothing to put together
+        z = _summed(x, bias, residual, slice(0, n))
+        y, m, r = torch.native_layer_norm(z, [d], scale, shift, eps)
+        return y, m.flatten(), r.flatten()
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     mean, rstd = x.new_empty(n, dtype=acc), x.new_empty(n, dtype=acc)
-    scale, shift = (None if t is None else t.to(acc) for t in (weight, ln_bias))
     for rows in _blocks(n, d):
         z = _summed(x, bias, residual, rows)
         part, m, r = torch.native_layer_norm(z, [d], scale, shift, eps)
