@@ -65,7 +65,7 @@ def test_confident_targets(backend, margin, names):
         if backend.exact:
             assert_error_ratio(ours, theirs, truth)
         else:  # kernels sum in another order, and their exponentials are off by a few 1e-7
-            allowed = max(3 * relative_error(theirs, truth), 1e-5)
+            allowed = max(3 * relative_error(theirs, truth), 1e-6)
             assert relative_error(ours, truth) <= allowed
 
 

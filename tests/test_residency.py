@@ -40,7 +40,6 @@ def answer(tmp_path_factory: pytest.TempPathFactory) -> Answer:
     program = tmp_path_factory.mktemp("residency") / "residency"
     source = ROOT / "tests/cpp/residency_test.cpp"
     flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
-    flags += ["-include", "initializer_list"]  # which the header takes from others elsewhere
     subprocess.run([compiler, *flags, source, "-o", program], check=True)
 
     def ask(cases: Iterable[Case]) -> list[Residency]:

@@ -36,8 +36,11 @@ namespace varstream::cross_entropy {
 template <bool Modified>
 struct SoftmaxShared {
   static constexpr size_t kTargetsAt = kJoinBytes<RowSums<Modified>>;
+  static VARSTREAM_HOST_DEVICE size_t target_bytes(int32_t targets) {
+    return (targets + 4) / 4 * size_t{16};  // never empty: no two arrays share a place
+  }
   static VARSTREAM_HOST_DEVICE size_t slots_at(int32_t targets) {
-    return kTargetsAt + (targets * sizeof(float) + 15) / 16 * 16;
+    return kTargetsAt + target_bytes(targets);
   }
   static VARSTREAM_HOST_DEVICE size_t slot_bytes(int32_t slots) {
     return size_t{kWordBytes} * kRowThreads * slots;
@@ -63,6 +66,7 @@ struct Softmax {
     float base;                    // what exponents are taken relative to
     float log_total;               // log sum e^(z - base)
     float share;                   // 1 / sum e^(z - base)
+    float rest;                    // a - sum_k n_k
     float factor;                  // a
     float smooth, entropy_factor;  // s, h
 
@@ -90,7 +94,7 @@ struct Softmax {
     }
 
     auto* target_values =
-        ptx::shared_array<float>(Shared::kTargetsAt, size_t(p.targets) * sizeof(float));
+        ptx::shared_array<float>(Shared::kTargetsAt, Shared::target_bytes(p.targets));
     put_targets_aside(p, row, share, values, target_values);
     Row known;
     if (kModified && p.shard.given != nullptr) {
@@ -203,34 +207,38 @@ struct Softmax {
   }
 
   static VARSTREAM_DEVICE Row finish(const Params& p, int64_t row, const Sums& sums) {
-    Row known{base_of(sums.top), logf(sums.total), 1.0f / sums.total, 0.0f, 0.0f, 0.0f};
+    Row known = row_of(p, row, sums.top, sums.total);
+    const RowUpstream& up = p.upstream;
+    if (up.lse != nullptr) known.rest += up.lse[row];
+    if (up.lse_sq_scale != nullptr) {
+      known.rest += 2.0f * *up.lse_sq_scale * (known.base + known.log_total);
+    }
+    if constexpr (kModified) {
+      known.rest += known.smooth * sums.weight;
+      if (up.entropy != nullptr) known.rest -= known.entropy_factor * entropy_of(sums, known);
+    }
+    known.factor += known.rest;
+    return known;
+  }
+
+  // With sum_k n_k for the factor a.
+  static VARSTREAM_DEVICE Row row_of(const Params& p, int64_t row, float top, float total) {
+    Row known{base_of(top), logf(total), 1.0f / total, 0.0f, 0.0f, 0.0f, 0.0f};
     const RowUpstream& up = p.upstream;
     for (int32_t k = 0; k < p.targets; ++k) {
       known.factor += up.nll == nullptr ? 1.0f : up.nll[row * p.targets + k];
     }
-    if (up.lse != nullptr) known.factor += up.lse[row];
-    if (up.lse_sq_scale != nullptr) {
-      known.factor += 2.0f * *up.lse_sq_scale * (known.base + known.log_total);
-    }
-    if constexpr (kModified) {
-      if (up.smooth != nullptr) {
-        known.smooth = up.smooth[row];
-        known.factor += known.smooth * sums.weight;
-      }
-      if (up.entropy != nullptr) {
-        known.entropy_factor = up.entropy[row];
-        known.factor -= known.entropy_factor * entropy_of(sums, known);
-      }
-    }
+    if (up.smooth != nullptr) known.smooth = up.smooth[row];
+    if (up.entropy != nullptr) known.entropy_factor = up.entropy[row];
     return known;
   }
 
   // What a first launch and the caller found over all classes.
   static VARSTREAM_DEVICE Row given(const Params& p, int64_t row) {
     const float* from = p.shard.given + row * kRowGiven;
-    Row known{base_of(from[0]), logf(from[1]), 1.0f / from[1], from[2], 0.0f, 0.0f};
-    if (p.upstream.smooth != nullptr) known.smooth = p.upstream.smooth[row];
-    if (p.upstream.entropy != nullptr) known.entropy_factor = p.upstream.entropy[row];
+    Row known = row_of(p, row, from[0], from[1]);
+    known.rest = from[2];
+    known.factor += known.rest;
     return known;
   }
 
@@ -356,15 +364,15 @@ struct Softmax {
           t >= p.classes) {
         continue;
       }
-      float own = 0.0f;  // n of this target and of its duplicates
+      float own = 0.0f, others = 0.0f;  // n of this target and its duplicates, and of the rest
       for (int32_t j = 0; j < p.targets; ++j) {
-        if (target[j] == t) own += nll == nullptr ? 1.0f : nll[j];
+        (target[j] == t ? own : others) += nll == nullptr ? 1.0f : nll[j];
       }
       const auto column = static_cast<int32_t>(t);
       const Logit logit = logit_of<kModified>(target_values[k], column, p.logits);
       const float logp = known.logp(logit.z), e = known.p(logit.z);
-      // a p - own = own (p - 1) + (a - own) p
-      float g = own * expm1f(logp) + (known.factor - own) * e;
+      // a p - own = own (p - 1) + (sum_k n_k - own + rest) p
+      float g = own * expm1f(logp) + (others + known.rest) * e;
       if constexpr (kModified) {
         if (known.entropy_factor != 0.0f && e != 0.0f) g -= known.entropy_factor * e * logp;
         if (known.smooth != 0.0f) {

@@ -42,7 +42,7 @@ struct RowResults {
 struct RowShard {
   float* sums;      // (rows, kRowSums), or null: top, total, moment, squares, gap, weight, argmax
   float* target_z;  // (rows, targets) logits of targets, 0 for those outside [0, classes)
-  const float* given;  // (rows, kRowGiven), or null: top and total of all classes, the factor a
+  const float* given;  // (rows, kRowGiven), or null: top and total of all classes, a - sum_k n_k
 };
 inline constexpr int kRowSums = 7;
 inline constexpr int kRowGiven = 3;

@@ -65,7 +65,6 @@ class ShardedSoftmax:
 
     call: SoftmaxCall  # its targets are columns of this rank's logits, -1 for other ranks' classes
     shards: Shards
-    nll_sum: Tensor | None  # (B,) float64, sum of a row's upstream gradients of -log p; None: 1
 
     @property
     def needs_moment(self) -> bool:
@@ -138,20 +137,20 @@ class ShardedSoftmax:
             values.argmax[part] = joined.argmax
 
     def _given(self, part: slice, joined: Joined) -> Tensor:
-        """What the second launch is told, (C, 3): the largest logit, the total and the row factor
-        ``sum_k n_k + s sum_c w_c + f' - h entropy``."""
+        """What the second launch is told, (C, 3): the largest logit, the total and
+        ``s sum_c w_c + f' - h entropy``, the row factor but for the targets' part."""
         terms, scale = self.call.terms, self.call.lse_sq_scale
-        factor = torch.ones_like(joined.total) if self.nll_sum is None else self.nll_sum[part]
+        rest = torch.zeros_like(joined.total)
         if terms.smooth is not None:
             assert joined.weight is not None
-            factor = factor + terms.smooth[part] * joined.weight
+            rest = rest + terms.smooth[part] * joined.weight
         if terms.lse is not None:
-            factor = factor + terms.lse[part]
+            rest = rest + terms.lse[part]
         if scale is not None:
-            factor = factor + 2 * scale * (joined.highest + joined.log_total)
+            rest = rest + 2 * scale * (joined.highest + joined.log_total)
         if terms.entropy is not None:
-            factor = factor - terms.entropy[part] * _entropy(joined)
-        return torch.stack([joined.highest, joined.total, factor], 1).float()
+            rest = rest - terms.entropy[part] * _entropy(joined)
+        return torch.stack([joined.highest, joined.total, rest], 1).float()
 
 
 def sharded(
@@ -179,8 +178,7 @@ def sharded(
         None if lse_sq_scale is None else lse_sq_scale.float(),
         gradient,
     )
-    nll = None if ordered.nll is None else ordered.nll.sum(1, dtype=torch.float64)
-    return ShardedSoftmax(softmax, shards, nll)
+    return ShardedSoftmax(softmax, shards)
 
 
 def _split(numbers: Tensor, count: int, targets: int) -> tuple[Tensor, Tensor]:
