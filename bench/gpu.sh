@@ -9,7 +9,8 @@
 #   test        the tests marked gpu
 #   memcheck racecheck synccheck initcheck
 #   memcheck-backward racecheck-backward synccheck-backward initcheck-backward
-#               small attention tests under compute-sanitizer, left out where it can't run
+#   memcheck-head racecheck-head synccheck-head initcheck-head
+#               small tests of attention and of the head's row kernels under compute-sanitizer, left out where it can't run
 #   bench-dense bench-ragged bench-grouped bench-rest
 #   bench-backward-64 bench-backward-128 bench-backward-ragged bench-backward-grouped
 #   bench-backward-rest bench-chunks bench-sums
@@ -25,7 +26,7 @@ python=${PYTHON:-python3}
 logs=${GPU_LOGS:-build/gpu}
 limit=${GPU_LIMIT:-590}
 tools=(memcheck racecheck synccheck initcheck)
-sanitize=("${tools[@]}" "${tools[@]/%/-backward}")
+sanitize=("${tools[@]}" "${tools[@]/%/-backward}" "${tools[@]/%/-head}")
 bench=(bench-dense bench-ragged bench-grouped bench-rest bench-backward-64 bench-backward-128
   bench-backward-ragged bench-backward-grouped bench-backward-rest bench-chunks bench-sums
   bench-head bench-head-shapes bench-head-kinds bench-logprobs bench-distillation)
@@ -41,6 +42,7 @@ packing_some="alignment or out_of_range or isolation"
 # All that the backward's files hold; the tests above differentiate as well.
 backward_files="tests/test_attention_backward*.py"
 backward_all="backward"
+head_files="tests/test_softmax_rows.py tests/test_distillation_rows.py"
 
 build() {
   "$python" -c 'import torch; print("torch", torch.__version__, torch.cuda.get_device_name())'
@@ -113,6 +115,14 @@ step() {
     memcheck-backward | initcheck-backward)
       # shellcheck disable=SC2086
       sanitizer "${1%-backward}" -- $backward_files -k "$backward_all"
+      ;;
+    racecheck-head | synccheck-head)
+      # shellcheck disable=SC2086
+      sanitizer "${1%-head}" "${ours[@]}" -- $head_files
+      ;;
+    memcheck-head | initcheck-head)
+      # shellcheck disable=SC2086
+      sanitizer "${1%-head}" -- $head_files
       ;;
     bench-dense) run_cases 'attention_forward/dense_*' ;;
     bench-ragged) run_cases 'attention_forward/ragged_*_mha_*' 'attention_forward/short_*' ;;

@@ -102,7 +102,8 @@ def main(args=None):
 
     paths, texts = read(options.folder, options.glob or ["*.txt", "*.md", "*.rst"])
     if not texts:
-        parser.error(f"no text files in {options.folder}; --glob says which to take")
+        missing = "" if options.folder.is_dir() else " (no such folder)"
+        parser.error(f"no text files in {options.folder}{missing}; --glob says which to take")
     logging.disable_progress_bar()
     name = options.model or default_model()
     tokenizer = AutoTokenizer.from_pretrained(name)

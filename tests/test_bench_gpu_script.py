@@ -24,7 +24,7 @@ BENCH = (
     *("bench-logprobs", "bench-distillation"),
 )
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-SANITIZE = (*TOOLS, *(f"{tool}-backward" for tool in TOOLS))
+SANITIZE = (*TOOLS, *(f"{tool}-{part}" for part in ("backward", "head") for tool in TOOLS))
 STEPS = ("build", "test", *SANITIZE, *BENCH)
 # The cases of bench-rest are those of no other step.
 ELSEWHERE = "attention_(forward|backward|chunks)|tile_schedule|head|head_rows|logprobs|distillation"
@@ -73,7 +73,8 @@ def test_every_step_runs_in_order(script):
     assert summary == [f"{name}: ok" for name in STEPS]
     for tool in TOOLS:
         lines = re.findall(rf"--tool {tool} .*", calls)
-        assert ["test_attention_backward" in line for line in lines] == [False, True]
+        assert ["test_attention_backward" in line for line in lines] == [False, True, False]
+        assert ["test_softmax_rows" in line for line in lines] == [False, False, True]
         for line in lines:
             assert "--error-exitcode 1" in line and "-m pytest -q -m gpu and not slow" in line
             # A filtered initcheck would not see the copies that fill our inputs.

@@ -402,3 +402,17 @@ def test_refused_in_a_direct_call():
             ),
             *(None, True, False, wrong),
         )
+
+
+@pytest.mark.parametrize("needs", [(True, True), (False, False)], ids=["both", "neither"])
+def test_opcheck(needs):
+    draw = torch.Generator().manual_seed(3)
+
+    def normal(*size):
+        return torch.randn(*size, generator=draw, dtype=torch.float64)
+
+    x, weight, bias, target = normal(6, 4), normal(9, 4), normal(9), torch.randint(9, (6,))
+    call = (x, weight, bias, target, -100, 1.0, 0.0, 1.0, 0, None, None)
+    upstream = (normal(6), None, None, None, None)
+    op = torch.ops.varstream.token_logprobs_bwd_accumulate.default
+    torch.library.opcheck(op, (*upstream, *call, None, *needs, normal(9, 4)))

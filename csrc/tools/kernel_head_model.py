@@ -206,10 +206,9 @@ def call_table(table: list[Row], traits: dict[str, Row]) -> Table:
             "logits",
             "products",
             "row kernel",
-            "dW's last passes",
+            "dW's last pass",
             "others",
             "ratio",
-            "dW in one pass",
         ]
     ]
     for shape in SHAPES:

@@ -51,8 +51,9 @@ def call_seconds(rows: int, chunk: int, width: int, classes: int, itemsize: int 
 def chunk_rows(rows: int, width: int, classes: int, itemsize: int = 4, budget: int = BUDGET) -> int:
     """Rows of a chunk: the fastest by the model whose logits stay within ``budget`` bytes.
 
-    A multiple of 128 and at most 4096; of choices within 1 % of the fastest the smallest. Where not
-    even 128 rows fit, as many as do, at least 1.
+    A multiple of 128 and at most 4096; of choices within 1 % of the fastest the smallest: 2048 or
+    more where memory allows, fewer at widths whose waves they fill better. Where not even 128 rows
+    fit, as many as do, at least 1.
     """
     columns = -(-classes // PADDING) * PADDING
     most = min(MOST, budget // (columns * itemsize))

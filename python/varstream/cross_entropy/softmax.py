@@ -105,7 +105,8 @@ class SoftmaxCall:
 
     def shard_gradient(self, part: slice, logits: Tensor, given: Tensor) -> None:
         """The logits of a shard become their gradient; ``given`` (C, 3) is over all shards: the
-        largest logit, the sum of exponentials relative to it and the row factor."""
+        largest logit, the sum of exponentials relative to it and the row factor but for the
+        targets' part."""
         terms, nothing = self.terms.chunk(part), RowValues().chunk(part)
         self._launch(part, logits, terms, None, self.gradient, nothing, (None, None, given))
 
