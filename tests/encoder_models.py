@@ -97,7 +97,19 @@ MASK = torch.tensor(
         [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
     ]
 )
-FIRST_KEPT = MASK[[0, 2, 3, 4]]  # position 0 is real: what poolers and heads need
+FIRST_KEPT = MASK[[0, 2, 3, 4]]  # position 0 is real
+# Position 0 is padding in some rows: left, before holes, before one token; and real in others
+FIRST_PADDED = torch.tensor(
+    [
+        [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1],
+        [1, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 1, 1, 0, 1, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+        [0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1],
+    ]
+)
+READ_PADDING = tuple(p for p in PREFIXES if p not in ("DebertaV2", "ModernBert"))
 
 
 def make(name: str = "BertModel", dtype: torch.dtype = torch.float64, **changes: Any) -> Any:

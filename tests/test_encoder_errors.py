@@ -150,6 +150,18 @@ def test_other_models_are_refused():
     assert untouched(own) and untouched(causal) and untouched(mean)
 
 
+@pytest.mark.parametrize("config", [True, False])
+def test_modules_that_contain_an_encoder_are_refused(config):
+    """With a configuration that looks like the encoder's own, and without."""
+    outer = nn.Sequential(nn.Sequential(make()), nn.Linear(WIDTH, 2))
+    if config:
+        outer.config = outer[0][0].config
+    message = r"Sequential .* contains a BertModel; pass the encoder .its submodule 0\.0."
+    with pytest.raises(vs.UnsupportedModelError, match=message):
+        padding_free(outer)
+    assert untouched(outer)
+
+
 def test_attention_implementations_of_others_are_refused():
     model = make()
     model.config._attn_implementation = "paged|sdpa"
@@ -246,14 +258,22 @@ def test_too_many_columns():
 
 
 @pytest.mark.parametrize(
-    "name", ["BertModel", "RobertaForSequenceClassification", "ElectraForMultipleChoice"]
+    ("prefix", "suffix"),
+    [
+        ("DebertaV2", "SequenceClassification"),
+        ("DebertaV2", "MultipleChoice"),
+        ("ModernBert", "SequenceClassification"),
+    ],
 )
-def test_position_0_must_be_real_where_it_is_read(name):
+def test_position_0_must_be_real_where_it_is_read(prefix, suffix):
+    """What these models give on padding there is not the tokens' alone."""
+    name = f"{prefix}For{suffix}"
     model = padding_free(make(name))
     inputs = batch(MASK[:2], name)
     if name.endswith("Choice"):
         inputs = {key: value[None] for key, value in inputs.items()}
-    with pytest.raises(ValueError, match="position 0, which the pooler or head .* row 1"):
+    message = f"position 0, which the pooler or head .* row 1; .* {prefix} encoder without"
+    with pytest.raises(ValueError, match=message):
         model(**inputs)
 
 

@@ -196,9 +196,9 @@ def test_what_is_refused(folder, tmp_path):
     hooked[0].model.encoder.layer[0].output.register_forward_hook(lambda *_: None)
     with pytest.raises(vs.UnsupportedModelError, match="encoder.layer.0.output has hooks"):
         padding_free(hooked)
-    with pytest.raises(
-        vs.UnsupportedModelError, match="the model is a .*CrossEncoder, not a class"
-    ):
-        padding_free(CrossEncoder(folder, device="cpu"))
+    cross = CrossEncoder(folder, device="cpu")
+    with pytest.raises(vs.UnsupportedModelError, match=r"pass its model \(cross.model\)"):
+        padding_free(cross)
+    assert "forward" not in cross.model.__dict__ and padding_free(cross.model) is cross.model
     for left in (model, unpadding, hooked):
         assert not any("_varstream_padding_free" in m.__dict__ for m in left.modules())

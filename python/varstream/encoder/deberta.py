@@ -116,5 +116,6 @@ DEBERTA = DebertaFamily(
     "BaseModelOutput",
     children=("embeddings", "encoder"),
     by_distance=True,
+    reads_padding=False,  # there it averages all columns of the batch
     parts=DEBERTA_PARTS,
 )

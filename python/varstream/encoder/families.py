@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from varstream.encoder import postnorm
 from varstream.encoder.deberta import DEBERTA
 from varstream.encoder.family import Family
@@ -22,6 +24,23 @@ FAMILIES: dict[str, Family] = {
     "deberta-v2": DEBERTA,
     "modernbert": MODERNBERT,
 }
+
+
+def check_whole(model: Any) -> None:
+    """Refuse a module of somebody else's around an encoder that is understood.
+
+    Raises:
+        UnsupportedModelError: names what to pass in its place.
+    """
+    if type(model).__module__.startswith("transformers.") or not isinstance(model, nn.Module):
+        return
+    for path, module in model.named_modules():
+        stock = path and type(module).__module__.startswith("transformers.models.")
+        if stock and hasattr(module, "base_model") and module.config.model_type in FAMILIES:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} isn't a class that vs.padding_free understands, but "
+                f"contains a {type(module).__name__}; pass the encoder (its submodule {path})"
+            )
 
 
 def family_of(model: Any) -> Family:

@@ -29,6 +29,8 @@ class Family(ABC):
         children: the backbone's modules by name.
         by_distance: attention depends on the distance of two tokens, so that padding between them
             counts.
+        reads_padding: the padded model's position 0 sees the tokens of its sequence where it is
+            padding too, so that a pooler or head may read it.
     """
 
     kind: str
@@ -37,6 +39,7 @@ class Family(ABC):
     layer_list: str = "encoder.layer"
     children: tuple[str, ...] = ("embeddings", "encoder", _POOLER)
     by_distance: bool = False
+    reads_padding: bool = True
 
     # --- layers -----------------------------------------------------------------------------------
 
@@ -118,5 +121,5 @@ class Family(ABC):
         return getattr(backbone, _POOLER, None) is not None
 
     def pool(self, backbone: Any, first: Tensor) -> Tensor:
-        """The pooler's output (B, d) from the first row (B, d) of each sequence."""
+        """The pooler's output (B, d) from position 0 (B, d) of each sequence."""
         return backbone.pooler(first[:, None])

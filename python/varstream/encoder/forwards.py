@@ -17,7 +17,7 @@ from varstream.encoder.batch import Batch, pack_batch
 from varstream.encoder.family import Family
 from varstream.encoder.heads import Form, Head, check_call
 from varstream.encoder.layer import Rows
-from varstream.encoder.pooling import cls_pool, mean_pool
+from varstream.encoder.pooling import mean_pool
 from varstream.ops.packing import Packed, unpack
 
 STATE = "_varstream_padding_free"
@@ -112,13 +112,18 @@ def backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         form, asked.batch = asked.form, batch
     else:
         form = Form.PACKED if output_packed else Form.PADDED
-    packed = batch.packed._replace(values=_run(self, family, batch))
+    x = _run(self, family, batch)
+    packed, first = batch.packed._replace(values=batch.pick_real(x)), batch.pick_first(x)
 
     from transformers import modeling_outputs
 
-    fields: dict[str, Any] = {"last_hidden_state": _in_form(packed, form)}
+    states = _in_form(packed, first, form)
+    if form is Form.PADDED and asked is not None and state.head.form is Form.FIRST:
+        assert isinstance(states, Tensor)
+        states = torch.cat([first[:, None], states[:, 1:]], dim=1)  # the head reads it there
+    fields: dict[str, Any] = {"last_hidden_state": states}
     if family.has_pooler(self) and form is not Form.TOKENS:
-        fields["pooler_output"] = family.pool(self, cls_pool(packed))
+        fields["pooler_output"] = family.pool(self, first)
     output = getattr(modeling_outputs, family.output)(**fields)
     return_dict = given.get("return_dict")
     if return_dict is None:
@@ -127,23 +132,23 @@ def backbone_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _run(backbone: Any, family: Family, batch: Batch) -> Tensor:
-    """Embeddings and layers on packed rows: real tokens (total, d)."""
+    """Embeddings and layers on the batch's rows: (rows, d)."""
     x = family.embed(backbone, batch.columns)
     shared = family.share(backbone, x, batch.columns["position_ids"], batch.rows)
     rows = replace(batch.rows, shared=shared)
     for layer in family.order(backbone):
         x = layer(x, rows=rows)
-    return batch.pick_real(family.finish(backbone, x))
+    return family.finish(backbone, x)
 
 
-def _in_form(packed: Packed, form: Form) -> Tensor | Packed:
+def _in_form(packed: Packed, first: Tensor, form: Form) -> Tensor | Packed:
     if form is Form.PADDED:
         return unpack(packed)
     if form is Form.PACKED:
         return packed
     if form in (Form.ROWS, Form.TOKENS):
         return packed.values[None]
-    return (cls_pool(packed) if form is Form.FIRST else mean_pool(packed))[:, None]
+    return (first if form is Form.FIRST else mean_pool(packed))[:, None]
 
 
 def _reads_first(backbone: Any, state: State, asked: Asked | None) -> bool:

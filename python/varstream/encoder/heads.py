@@ -3,8 +3,9 @@ padding-free encoder has nothing to give.
 
 Heads stay as they are. Those that work position by position run on packed rows, as one sequence of
 all tokens, and those that read one row of each sequence get that row. Calls in which transformers
-lets a head look at padding (position 0 of a left-padded row, labels on padding, a softmax over all
-positions) would differ silently from the padded model; they are refused.
+lets a head look at padding (labels on padding, a softmax over all positions) would differ silently
+from the padded model; they are refused. A padded position 0 that is read is kept among the packed
+rows, unless the family can't tell what its model gives there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Form(Enum):
     PACKED = "a varstream.Packed"
     ROWS = "(1, total, d)"
     TOKENS = "(1, total, d), and no pooler"
-    FIRST = "(B, 1, d), the first row of each sequence"
+    FIRST = "(B, 1, d), position 0 of each sequence"
     MEAN = "(B, 1, d), the mean of each sequence"
 
 

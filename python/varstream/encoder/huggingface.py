@@ -14,7 +14,7 @@ from torch import nn
 from varstream._checks import check_bool
 from varstream.encoder import sentences
 from varstream.encoder.checks import check_stock
-from varstream.encoder.families import family_of
+from varstream.encoder.families import check_whole, family_of
 from varstream.encoder.forwards import (
     STATE,
     State,
@@ -49,11 +49,11 @@ def padding_free(model: Any, output_packed: bool = False) -> Any:
 
     Refused at the call with a ValueError that names the reason: ``output_attentions``,
     ``output_hidden_states``, masks that aren't ``(B, S)``, caches, cross-attention and any other
-    argument that has no meaning here; and where the padded model would read padding: a pooler or
-    classification head on a row whose position 0 is padding, token labels other than -100 on
-    padding, a label other than -100 for a sequence that is all padding, the span loss of question
-    answering on a padded batch. (Without labels, pooler and logits of such a sequence hold what
-    they make of zeros.)
+    argument that has no meaning here; and where the padded model would read padding: token labels
+    other than -100 on padding, a label other than -100 for a sequence that is all padding, the
+    span loss of question answering on a padded batch. (Without labels, pooler and logits of such a
+    sequence hold what they make of zeros.) A pooler or classification head gets position 0 of the
+    padded model where that is padding too; only DeBERTa's and ModernBERT's refuse such a row.
 
     Args:
         model: a model of type ``bert``, ``roberta``, ``xlm-roberta``, ``electra``, ``distilbert``,
@@ -75,6 +75,8 @@ def padding_free(model: Any, output_packed: bool = False) -> Any:
     check_bool("output_packed", output_packed)
     if sentences.is_sentence_transformer(model):
         return sentences.padding_free(model, output_packed, padding_free)
+    sentences.check_other(model)
+    check_whole(model)
     family = family_of(model)
     if any(STATE in module.__dict__ for module in model.modules()):
         restore_padding(model)

@@ -39,8 +39,9 @@ class Rows:
     Attributes:
         cu_seqlens: (B+1,) int32.
         max_seqlen: length of the longest sequence, or more.
-        gaps: (total,) bool, rows that stand for padding inside a sequence, where distances between
-            tokens matter; nobody sees them. None where there are none.
+        gaps: (total,) bool, rows that stand for padding: inside a sequence, where distances between
+            tokens matter, and at a position 0 that a pooler or head reads. They see the tokens of
+            their sequence, and nobody sees them. None where there are none.
         shared: what the family makes once a call; its layers know the order.
     """
 
@@ -116,8 +117,8 @@ class Rows:
             return q, k
         if q.shape[-1] + _GAP_COLUMNS > MAX_HEAD_DIM:
             raise ValueError(
-                f"attention_mask must have no holes for heads of {q.shape[-1]}, more than "
-                f"{MAX_HEAD_DIM - _GAP_COLUMNS}"
+                "attention_mask must have no holes, nor padding at a position 0 that is read, for "
+                f"heads of {q.shape[-1]}, more than {MAX_HEAD_DIM - _GAP_COLUMNS}"
             )
         low = torch.zeros_like(q[..., :1]).expand(*q.shape[:2], _GAP_COLUMNS).clone()
         low[..., 0] = _GAP_SCORE

@@ -117,4 +117,5 @@ MODERNBERT = ModernBertFamily(
     layer_list="layers",
     children=("embeddings", "layers", "final_norm", "rotary_emb"),
     by_distance=True,
+    reads_padding=False,  # its window may hold no token
 )

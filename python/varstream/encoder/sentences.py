@@ -30,6 +30,18 @@ def is_sentence_transformer(model: Any) -> bool:
     return _is_stock(model, "SentenceTransformer")
 
 
+def check_other(model: Any) -> None:
+    """Refuse a CrossEncoder, which runs its model as that stands.
+
+    Raises:
+        UnsupportedModelError: names what to pass in its place.
+    """
+    if _is_stock(model, "CrossEncoder"):
+        raise UnsupportedModelError(
+            "a CrossEncoder is not what vs.padding_free understands; pass its model (cross.model)"
+        )
+
+
 def padding_free(model: Any, output_packed: bool, inner: Callable[[Any], Any]) -> Any:
     """``vs.padding_free`` of a SentenceTransformer, by ``inner`` on the encoder in it.
 
