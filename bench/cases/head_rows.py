@@ -27,7 +27,7 @@ TIME_OVER_COPY = 1 / 0.85
 # Its arguments that the plain loss does without.
 ABSENT = dict.fromkeys(
     ("count", "bias", "class_weight", "dsmooth", "dlse", "dentropy", "lse_sq_scale")
-    + ("class_sum", "log_sum_sq", "argmax")
+    + ("class_sum", "log_sum_sq", "argmax", "shard_sums", "shard_target_z", "shard_given")
 )
 
 
