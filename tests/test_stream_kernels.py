@@ -56,7 +56,7 @@ def compare(operators, family, inputs, **options):
     assert relative_error(loss, exact) <= 2.0 * theirs + NOISE
     for name, parameter in streamed.named_parameters():
         assert parameter.grad.dtype == torch.bfloat16
-        # A bias has few values and theirs may round luckily: over 28 models 1 of 770 gradients, of a
+        # A bias has few values and theirs may round luckily: over 28 models 1 of 770 gradients, a
         # v_proj.bias, was beyond 2; half of them are within 1.03.
         ratio = 3.0 if name.endswith(".bias") else 2.0
         assert_error_ratio(parameter.grad, plain_grads[name], exact_grads[name], ratio, name)
