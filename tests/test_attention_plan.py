@@ -2,9 +2,12 @@
 tiles."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import varstream as vs
+from varstream.reference import attention as reference
 from varstream.reference.attention_plan import (
     CAUSAL,
     EDGE,
@@ -86,3 +89,29 @@ def test_causal_tiles_are_squares_on_the_diagonal():
         *_, tail = block.tiles
         assert tail.kind == CAUSAL
         assert tail.k1 - tail.k0 == block.q1 - block.q0
+
+
+@pytest.mark.parametrize("length, batch, kv_heads", [(1, 3, 2), (7, 2, 4), (33, 5, 1)])
+def test_sequences_of_one_length_run_as_a_batch(length, batch, kv_heads, monkeypatch):
+    """The same as one after another, which lengths that differ by a row take."""
+    draw = torch.Generator().manual_seed(5)
+    q = torch.randn(batch * length, 4, 16, generator=draw, dtype=torch.float64).requires_grad_()
+    k, v = (
+        torch.randn(
+            batch * length, kv_heads, 16, generator=draw, dtype=torch.float64
+        ).requires_grad_()
+        for _ in range(2)
+    )
+    cu = vs.cu_seqlens([length] * batch)
+    up = torch.randn(q.shape, generator=draw, dtype=torch.float64)
+
+    def run():
+        out, lse = vs.varlen_attention(q, k, v, cu, return_lse=True)
+        return out, lse, *torch.autograd.grad((out * up).sum(), (q, k, v))
+
+    together = run()
+    calls = []
+    monkeypatch.setattr(reference, "even_length", lambda *args: calls.append(args) or 0)
+    for ours, theirs in zip(together, run(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    assert len(calls) == 2

@@ -109,15 +109,32 @@ def plan(seq: Sequence, opts: Options, flash: bool, flash_keys: int) -> list[Row
     return plan_sequence(sq, sk, left, right, rows, flash_keys, True)
 
 
+def even_length(q: Tensor, k: Tensor, v: Tensor, opts: Options) -> int:
+    """The length that all sequences have, where they fill q and k and each row sees all keys of its
+    own: one call then runs them as a batch. Else 0."""
+    hidden = opts.left >= 0 or opts.right >= 0 or opts.seqused_k is not None
+    batch, total = opts.cu_seqlens_q.shape[0] - 1, q.shape[0]
+    if hidden or opts.sinks is not None or q.shape[2] != v.shape[2]:
+        return 0
+    if batch < 2 or total == 0 or total % batch or k.shape[0] != total:
+        return 0
+    even = torch.arange(0, total + 1, total // batch, dtype=opts.cu_seqlens_q.dtype)
+    both = opts.cu_seqlens_q, opts.cu_seqlens_k
+    return total // batch if all(torch.equal(cu, even) for cu in both) else 0
+
+
 # --- forward --------------------------------------------------------------------------------------
 
 
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, opts: Options) -> tuple[Tensor, Tensor]:
     """Return out ``(total_q, Hq, Dv)`` in q's dtype and lse ``(Hq, total_q)`` in acc dtype."""
     acc = acc_dtype(q.dtype)
+    flash = opts.plain and q.device.type == "cpu"
+    if flash and (length := even_length(q, k, v, opts)):
+        out, lse = _flash(*(_batched(t, length) for t in (q, k, v)), 0.0, scale=opts.softmax_scale)
+        return _unbatched(out), lse.to(acc).transpose(0, 1).flatten(1)
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2], dtype=acc)
     lse = q.new_full((q.shape[1], q.shape[0]), -torch.inf, dtype=acc)
-    flash = opts.plain and q.device.type == "cpu"
     for seq in sequences(opts):
         for block in plan(seq, opts, flash, WHOLE):
             rows = slice(seq.q0 + block.q0, seq.q0 + block.q1)
@@ -256,8 +273,15 @@ def attention_backward(
 ) -> Tensor:
     """Add into dk, dv (and dsinks), acc dtype, and return dq (total_q, Hq, D) in acc dtype."""
     acc = acc_dtype(q.dtype)
-    dq = q.new_zeros(q.shape, dtype=acc)
     flash = opts.plain and q.device.type == "cpu"
+    if flash and saved.dlse is None and (length := even_length(q, k, v, opts)):
+        lse = saved.lse.unflatten(1, (-1, length)).transpose(0, 1)
+        given = (_batched(t, length) for t in (saved.dout, q, k, v, saved.out))
+        grads = _flash_backward(*given, lse, 0.0, False, scale=opts.softmax_scale)
+        dk += _unbatched(grads[1])
+        dv += _unbatched(grads[2])
+        return _unbatched(grads[0]).to(acc)
+    dq = q.new_zeros(q.shape, dtype=acc)
     for seq in sequences(opts):
         for block in plan(seq, opts, flash, FLASH_KEYS):
             rows = slice(seq.q0 + block.q0, seq.q0 + block.q1)
@@ -370,6 +394,16 @@ def _heads_first(t: Tensor) -> Tensor:
 def _rows_first(t: Tensor) -> Tensor:
     """(1, H, n, D) as (n, H, D), a view."""
     return t[0].transpose(0, 1)
+
+
+def _batched(t: Tensor, length: int) -> Tensor:
+    """(B * length, H, D) as (B, H, length, D), a view."""
+    return t.unflatten(0, (-1, length)).transpose(1, 2)
+
+
+def _unbatched(t: Tensor) -> Tensor:
+    """(B, H, length, D) as (B * length, H, D)."""
+    return t.transpose(1, 2).flatten(0, 1)
 
 
 def _grouped(t: Tensor, kv_heads: int) -> Tensor:
