@@ -176,3 +176,66 @@ def assert_same(dense: Run, streamed: Run, tolerance: float = EXACT) -> None:
         assert_exact(streamed.gradients[name], gradient, tolerance, name)
     for name, weight in dense.weights.items():
         assert_exact(streamed.weights[name], weight, tolerance, name)
+
+
+# --- TRL ------------------------------------------------------------------------------------------
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(set(text))) + text.count("a") for text in completions]
+
+
+def sentences(count: int) -> list[str]:
+    """Ragged sentences of one-letter words."""
+    return [" ".join(WORDS[t] for t in row["input_ids"]) for row in documents(count)]
+
+
+def trl_rows(name: str) -> list[dict[str, Any]]:
+    """Examples as the trainer called ``name`` wants them."""
+    prompts, first, second = sentences(8), sentences(9)[1:], sentences(11)[3:]
+    if name == "SFT":
+        return [{"prompt": p, "completion": f" {c}"} for p, c in zip(prompts, first, strict=True)]
+    if name == "DPO":
+        pairs = zip(prompts, first, second, strict=True)
+        return [{"prompt": p, "chosen": f" {c}", "rejected": f" {r}"} for p, c, r in pairs]
+    if name == "KTO":
+        return [
+            {"prompt": p, "completion": f" {c}", "label": i % 3 != 1}
+            for i, (p, c) in enumerate(zip(prompts, first, strict=True))
+        ]
+    return [{"prompt": p} for p in prompts]
+
+
+TRL_OPTIONS: dict[str, dict[str, Any]] = {
+    "SFT": {},
+    "DPO": {},
+    "KTO": {},
+    # completions of both iterations come from the model as it is by then
+    "GRPO": {
+        "num_generations": 2,
+        "max_completion_length": 6,
+        "num_iterations": 2,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+    },
+}
+
+
+def trl_trainer(name: str, model: Any, path: Path, changes: dict[str, Any], **more: Any) -> Trainer:
+    """TRL's trainer called ``name`` with TRL's defaults but for precision: gradient checkpointing,
+    a reference model from disk, its own head."""
+    import trl
+    from datasets import Dataset
+
+    if name == "GRPO":
+        more["reward_funcs"] = reward
+    rows = more.pop("rows", None) or trl_rows(name)
+    return getattr(trl, f"{name}Trainer")(
+        model=model,
+        args=getattr(trl, f"{name}Config")(
+            output_dir=str(path), **COMMON | TRL_OPTIONS[name] | changes
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+        **more,
+    )
