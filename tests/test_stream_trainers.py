@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 from models import make_model
-from trainer_cases import CHUNK, WORDS, assert_same, both, documents, huggingface, saved_twin, train
+from trainer_cases import (
+    CHUNK,
+    IDS,
+    WORDS,
+    assert_same,
+    both,
+    documents,
+    huggingface,
+    saved_twin,
+    train,
+)
 
 import varstream as vs
 from varstream.testing import assert_exact, float64_twin, worst_gradient
@@ -101,7 +111,7 @@ def test_checkpoints_resume(llama, tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_bf16_autocast(checkpointing, tmp_path):
     """Under ``bf16=True`` gradients are as near to float64 ones as the unstreamed trainer's."""
-    plain = make_model("qwen3", vocab_size=len(WORDS), pad_token_id=0, eos_token_id=1)
+    plain = make_model("qwen3", **IDS)
     mixed = {"bf16": True, "gradient_checkpointing": checkpointing}
     exact = train(float64_twin(plain), lambda model: huggingface(model, tmp_path, {}))
     dense, streamed = both(plain, lambda model: huggingface(model, tmp_path, mixed))

@@ -12,10 +12,11 @@ from trainer_cases import (
     CHUNK,
     EXACT,
     FLOAT32_HEAD,
-    WORDS,
+    IDS,
     assert_same,
     both,
     documents,
+    saved,
     saved_twin,
     train,
     trl_trainer,
@@ -73,9 +74,7 @@ def test_with_our_head_installed(name, qwen3, tmp_path):
 def test_trls_defaults_are_bf16(name, tmp_path):
     """TRL trains in bfloat16 autocast unless told not to: gradients are as near to float64 ones as
     the unstreamed trainer's."""
-    plain = make_model("qwen3", vocab_size=len(WORDS), pad_token_id=0, eos_token_id=1)
-    plain.save_pretrained(tmp_path / "model")
-    plain.config._name_or_path = str(tmp_path / "model")
+    plain = saved(make_model("qwen3", **IDS), tmp_path / "model")
     exact = train(float64_twin(plain), lambda model: trl_trainer(name, model, tmp_path, {}))
     mixed = {"bf16": None, "max_steps": 1}
     dense, streamed = both(plain, lambda model: trl_trainer(name, model, tmp_path, mixed))

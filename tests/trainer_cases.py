@@ -27,6 +27,7 @@ from varstream.testing import assert_exact
 
 CHUNK = 7
 WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz"]
+IDS = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1}
 # float64 models; TRL's own head computes in float32, from hidden states equal to 1e-15
 EXACT, FLOAT32_HEAD = 1e-10, 2e-6
 COMMON = {
@@ -81,13 +82,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, **names)
 
 
-def saved_twin(path: Path, family: str = "llama", **changes: Any) -> Any:
-    """A float64 model that is also on disk, where TRL loads reference models from."""
-    model = make_twin(family, vocab_size=len(WORDS), pad_token_id=0, eos_token_id=1, **changes)
+def saved(model: Any, path: Path) -> Any:
+    """The model, put on disk too, where TRL loads reference models from."""
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
     model.save_pretrained(path)
     model.config._name_or_path = str(path)
     return model
+
+
+def saved_twin(path: Path, family: str = "llama", **changes: Any) -> Any:
+    """A small float64 model of the tokenizer's vocabulary."""
+    return saved(make_twin(family, **IDS, **changes), path)
 
 
 def documents(count: int, longest: int = 9) -> list[dict[str, Any]]:
