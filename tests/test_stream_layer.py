@@ -51,17 +51,14 @@ def positions(lengths):
     return torch.cat([torch.arange(n) for n in lengths]) if lengths else torch.arange(0)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("chunk_size", CHUNKS)
 @pytest.mark.parametrize("lengths", [DOCUMENTS, *LENGTHS.values()], ids=["documents", *LENGTHS])
-def test_exact(lengths, chunk_size, reverse):
+def test_exact(lengths, chunk_size):
     if chunk_size == 1 and sum(lengths) > 100:
         chunk_size = 3
     layer, cu = Layer(), cu_seqlens(lengths)
     x = torch.randn(sum(lengths), D, dtype=torch.float64, requires_grad=True)
-    y = vs.stream_layer(
-        layer.kv, layer.rest, x, cu, params=layer.params, chunk_size=chunk_size, reverse=reverse
-    )
+    y = vs.stream_layer(layer.kv, layer.rest, x, cu, params=layer.params, chunk_size=chunk_size)
     assert y.shape == x.shape
     if sum(lengths) == 0:
         y.sum().backward()
@@ -219,7 +216,6 @@ BAD = {
     "chunk_type": ({"chunk_size": "big"}, 'chunk_size must be an int or "auto"'),
     "x_dtype": ({"x": torch.zeros(3, D, dtype=torch.int64)}, "x must have dtype float64, float32"),
     "causal_type": ({"causal": 1}, "causal must be a bool, got int"),
-    "reverse": ({"reverse": "no"}, "reverse must be a bool, got str"),
     "one_tensor": ({"params": torch.zeros(2, 2)}, "params must be a list of tensors, got Tensor"),
     "no_tensor": ({"params": ["a"]}, r"params\[0\] must be a torch.Tensor, got str"),
     "named_params": (

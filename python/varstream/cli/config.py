@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from varstream.cli.errors import UserError
-from varstream.streaming.decoder import MODEL_TYPES
 
 WHERE = (
     "config.json of a Hugging Face model, its folder, or the name of a model in the local "
@@ -40,9 +39,11 @@ def read_config(name: str) -> Any:
             "give the config.json of a Hugging Face model"
         )
     kind = values["model_type"]
-    if kind not in MODEL_TYPES:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
-            f"{path} has model type {kind!r}, vs.stream understands {', '.join(MODEL_TYPES)}; "
+            f"{path} has model type {kind!r}, no causal language model of transformers; "
             "for a model of your own use vs.stream_layer"
         )
     if values.get("quantization_config"):

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from varstream.cli.config import WHERE, read_config
 from varstream.cli.errors import LARGEST_INT, UserError
-from varstream.streaming.decoder import UnsupportedModelError
+from varstream.streaming.structure import UnsupportedModelError
 from varstream.testing.verify import SHORT, TOKENS, TOLERANCE, ConfigError, Verification, verify
 
 INEXACT = 1
@@ -103,7 +103,7 @@ def show(report: Verification, name: str) -> None:
         title=f"Worst relative difference of each gradient, streamed against dense, in "
         f"{len(report.cases)} runs",
         title_justify="left",
-        caption="run: form of the batch, rows of a chunk, reversed: last chunk first",
+        caption="run: form of the batch, rows of a chunk",
         caption_justify="left",
     )
     table.add_column("parameter", overflow="fold")

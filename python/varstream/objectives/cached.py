@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from varstream._checks import check_tensor
-from varstream.streaming.gradients import GradientSums, without_hooks
+from varstream._random_state import RandomState, random_state_kept
+from varstream.streaming.gradients import GradientSums
 
 Encode = Callable[[Any], Tensor]
 
@@ -129,29 +130,6 @@ class _Work:
         ]
 
 
-class _Randomness:
-    """The states of torch's global generators, of the CPU and of some devices."""
-
-    def __init__(self, devices: list[torch.device]) -> None:
-        self.cpu = torch.get_rng_state()
-        self.others = [(d, torch.get_device_module(d).get_rng_state(d)) for d in devices]
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        for device, state in self.others:
-            torch.get_device_module(device).set_rng_state(state, device)
-
-
-@contextmanager
-def _kept_randomness(devices: list[torch.device]) -> Iterator[None]:
-    """Leave the generators as they were before."""
-    before = _Randomness(devices)
-    try:
-        yield
-    finally:
-        before.restore()
-
-
 class _Cached(torch.autograd.Function):
     """All sub-batches' embeddings; saves the sub-batches and the generators' states.
 
@@ -163,11 +141,10 @@ class _Cached(torch.autograd.Function):
         ctx.work, ctx.params = work, params
         ctx.autocast = work.autocast()
         ctx.save_for_backward(*params)  # so that autograd notices changes in place
-        devices = work.accelerators()
         ctx.randomness = []
         parts: list[Tensor] = []
         for i, batch in enumerate(work.batches):
-            ctx.randomness.append(_Randomness(devices))
+            ctx.randomness.append(RandomState(work.devices))
             part = work.encode(batch)
             _check_part(i, part, parts)
             parts.append(part)
@@ -185,17 +162,17 @@ class _Cached(torch.autograd.Function):
         wanted = [p for p, need in zip(ctx.params, needed, strict=True) if need]
         sums = GradientSums(wanted)
         with ExitStack() as stack:
-            stack.enter_context(_kept_randomness(work.accelerators()))
+            stack.enter_context(random_state_kept(work.devices))
             for context in ctx.autocast:
                 stack.enter_context(context)
-            stack.enter_context(without_hooks(wanted))
+            stack.enter_context(sums.taken())
             grads = grad.split(ctx.counts)
             for i, (batch, part) in enumerate(zip(work.batches, grads, strict=True)):
                 ctx.randomness[i].restore()
                 with torch.enable_grad():
                     again = work.encode(batch)
                 _check_repetition(i, again, part)
-                sums.backward([again], [part], again, None, None, add=False)
+                sums.backward([(again, part)])
         finished = iter(sums.finish())
         return None, *(next(finished) if need else None for need in needed)
 

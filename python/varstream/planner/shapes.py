@@ -102,7 +102,7 @@ def describe(model: Any, *, head: bool = True) -> ModelShape:
         UnsupportedModelError: the model has a part that streaming doesn't understand.
     """
     # Here, not above: streaming imports the planner.
-    from varstream.streaming.decoder import check_supported
+    from varstream.streaming.structure import check_supported
 
     if not hasattr(model, "_varstream"):  # a streamed one was checked then
         check_supported(model)
@@ -171,13 +171,14 @@ def describe_config(config: Any, dtype: torch.dtype | None = None) -> ModelShape
         ValueError: the config makes no model, or one that streaming doesn't understand.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from varstream.streaming.decoder import MODEL_TYPES, UnsupportedModelError
+    from varstream.streaming.structure import UnsupportedModelError
 
     kind = getattr(config, "model_type", None)
-    if kind not in MODEL_TYPES:
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnsupportedModelError(
-            f"model type {kind!r} is not supported; vs.stream understands {', '.join(MODEL_TYPES)}"
+            f"model type {kind!r} is no causal language model of transformers"
         )
     if getattr(config, "quantization_config", None):
         raise UnsupportedModelError(

@@ -59,9 +59,7 @@ class Schedule:
     total: int
 
     @classmethod
-    def make(
-        cls, cu_seqlens: Sequence[int], chunk_size: int, device: torch.device, reverse: bool = False
-    ) -> Schedule:
+    def make(cls, cu_seqlens: Sequence[int], chunk_size: int, device: torch.device) -> Schedule:
         """Plan chunks and put all their cumulative lengths on the device in one copy."""
         plans = plan_chunks(cu_seqlens, chunk_size)
         flat = [n for chunk in plans for n in (*chunk.cu_q, *chunk.cu_k)]
@@ -72,4 +70,4 @@ class Schedule:
             cu_q, cu_k = lengths[at : at + 2 * entries].view(2, entries)
             chunks.append(DeviceChunk(chunk, cu_q, cu_k))
             at += 2 * entries
-        return cls(chunks[::-1] if reverse else chunks, cu_seqlens[-1])
+        return cls(chunks, cu_seqlens[-1])

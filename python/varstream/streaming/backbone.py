@@ -1,0 +1,246 @@
+"""A streamed backbone: its own forward over packed rows, while its layers and its final norm run
+chunk by chunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varstream._checks import FLOATING, INTEGERS, check_tensor
+from varstream.planner.choose import Job, choose
+from varstream.planner.memory import Step
+from varstream.planner.plan import require_fit
+from varstream.planner.shapes import describe_parts
+from varstream.streaming.forward import Forward
+from varstream.streaming.layer_call import (
+    LayerBody,
+    StreamCall,
+    current_call,
+    implementation,
+    in_call,
+    register,
+    trained,
+)
+from varstream.streaming.recompute import run_streamed
+from varstream.streaming.routers import router_class
+from varstream.streaming.rows import Rows, check_sequence_index, documents_shown, make_rows
+from varstream.streaming.schedule import Schedule, resolve_chunk_size
+from varstream.streaming.structure import STATE, attention_of
+
+# What transformers passes down to a decoder and that streaming has read or may ignore.
+_KNOWN = {
+    "num_items_in_batch",
+    "shift_labels",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "seq_idx",
+}
+_REFUSED = ("output_attentions", "output_hidden_states")
+
+
+@dataclass(frozen=True)
+class State:
+    """How a model is streamed; hangs on its streamed modules while they are."""
+
+    chunk_size: int | str
+    head_chunk_size: int | str
+    memory_budget: int | None
+    optimizer: str
+
+
+@dataclass(frozen=True)
+class PackedHidden:
+    """What a streamed backbone gives to its streamed model."""
+
+    values: Tensor  # (n, d)
+    rows: Rows
+    head_chunk: int | None  # rows of a chunk of logits; None: the head's own rule
+    router_logits: list[Tensor]  # (n, experts) each
+
+
+def layer_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
+    """A layer called by a streamed backbone; any other call runs the layer's own forward."""
+    call = current_call.get()
+    if call is None:
+        return forward.original(*args, **kwargs)
+    layer = forward.module
+    if args:
+        x, *args = args
+    else:
+        x = kwargs.pop("hidden_states")
+    body = LayerBody(layer, attention_of(layer)[1], args, kwargs, call)
+    y, *logits = run_streamed(body, x[0], call.schedule, trained(layer))
+    call.router_logits += logits
+    return y[None]
+
+
+def norm_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
+    """The norm after the last layer, by rows."""
+    call = current_call.get()
+    if call is None:
+        return forward.original(*args, **kwargs)
+    (x,) = args
+
+    def body(part: Tensor, *_: Any) -> tuple[Tensor]:
+        return (forward.original(part[None])[0],)
+
+    (y,) = run_streamed(body, x[0], call.schedule, trained(forward.module), attends=False)
+    return y[None]
+
+
+def backbone_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
+    """The decoder's forward; returns what the model's own would, or ``PackedHidden`` to a streamed
+    model."""
+    backbone, given = forward.module, forward.named(args, kwargs)
+    caller = given.pop("stream_model", None)
+    cached = bool(given.get("use_cache")) or given.get("past_key_values") is not None
+    if cached and torch.is_grad_enabled() and backbone.training:
+        raise ValueError(
+            "a streamed model makes and reads no cache while it is trained; pass use_cache=False, "
+            "or call it in torch.no_grad() or after model.eval()"
+        )
+    if cached or not torch.is_grad_enabled():
+        return forward.original(**_without_streaming(given, cached))
+    given.pop("use_cache", None), given.pop("past_key_values", None)
+    return_dict = given.pop("return_dict", getattr(backbone.config, "return_dict", True))
+    routers = routers_wanted(backbone, given.pop("output_router_logits", None))
+    _check_rest(backbone, given)
+    tokens, embeds, rows = _rows(given)
+    chunk, head_chunk = _plan(backbone, caller, rows, embeds)
+    lengths = rows.lengths if rows.total else [0, 1]  # one row that nobody sees, see _packed
+    device = rows.positions.device
+    call = StreamCall(Schedule.make(lengths, chunk, device), lengths[-1], rows.gaps, routers)
+    inputs = _packed(rows, tokens, embeds)
+    if routers is not None:  # ours to record: transformers would keep every chunk's
+        inputs["output_router_logits"] = False
+    register()
+    with implementation(backbone.config):
+        output = in_call(call, forward.original, **inputs, use_cache=False)
+    hidden = output.last_hidden_state[0, : rows.total]
+    logits = [part[: rows.total] for part in call.router_logits]
+    if caller is not None:
+        return PackedHidden(hidden, rows, head_chunk, logits)
+    output.last_hidden_state = rows.unpack(hidden)
+    if routers is not None:
+        output.router_logits = tuple(rows.unpack(part).flatten(0, 1) for part in logits)
+    return output.to_tuple() if return_dict is False else output
+
+
+def _without_streaming(given: dict[str, Any], cached: bool) -> dict[str, Any]:
+    """The arguments with which the model's own forward keeps packed documents apart."""
+    if given.get("use_cache") is None and not cached:
+        mask, positions, packed = documents_shown(
+            given.get("attention_mask"), given.get("position_ids"), given.get("cu_seq_lens_q")
+        )
+        # With a cache, which is transformers' default, documents would see each other.
+        use_cache = False if packed else None
+        given |= {"attention_mask": mask, "position_ids": positions, "use_cache": use_cache}
+    return given
+
+
+def routers_wanted(backbone: Any, asked: bool | None) -> tuple[type, int] | None:
+    """The routers whose logits a call wants."""
+    asked = getattr(backbone.config, "output_router_logits", False) if asked is None else asked
+    if not asked:
+        return None
+    kind = router_class(backbone)
+    if kind is None:
+        raise ValueError(f"output_router_logits=True, but {type(backbone).__name__} has no routers")
+    return kind
+
+
+def _check_rest(backbone: Any, given: dict[str, Any]) -> None:
+    for name in _REFUSED:
+        value = given.get(name)
+        if value or (value is None and getattr(backbone.config, name, False)):
+            raise ValueError(
+                f"{name}=True is not available on a streamed model; call vs.unstream first"
+            )
+    if given.get("is_causal") is False:
+        raise ValueError("is_causal=False is not available on a streamed model")
+    read = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "is_causal", *_REFUSED}
+    unknown = sorted(
+        name for name, value in given.items() if name not in _KNOWN | read and value is not None
+    )
+    if unknown:
+        raise ValueError(f"a streamed model can't honour the argument {unknown[0]}")
+
+
+def _rows(given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, Rows]:
+    """Token ids (B, S) or embeddings (B, S, d), and the rows they are packed into."""
+    tokens, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    if (tokens is None) == (embeds is None):
+        raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+    if embeds is None:
+        source = check_tensor("input_ids", tokens, ndim=2, dtypes=INTEGERS, layout="(B, S)")
+    else:
+        source = check_tensor("inputs_embeds", embeds, ndim=3, dtypes=FLOATING, layout="(B, S, d)")
+    cu, cu_k = given.get("cu_seq_lens_q"), given.get("cu_seq_lens_k")
+    for name, lengths in (("cu_seq_lens_q", cu), ("cu_seq_lens_k", cu_k)):
+        if lengths is not None:
+            check_tensor(name, lengths, ndim=1, layout="(B+1,)")
+    if (cu is None) != (cu_k is None) or not (cu is cu_k or torch.equal(cu, cu_k)):  # type: ignore[arg-type]
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together and be equal")
+    batch, seqlen = source.shape[:2]
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    rows = make_rows(batch, seqlen, source.device, mask, positions, cu)
+    if given.get("seq_idx") is not None:
+        check_sequence_index(given["seq_idx"], rows)
+    return tokens, embeds, rows
+
+
+def _packed(rows: Rows, tokens: Tensor | None, embeds: Tensor | None) -> dict[str, Any]:
+    """Inputs of the backbone's own forward, a batch of one row.
+
+    Without a real token there is one of no document, so that every parameter still gets its
+    gradient, zero, and joins what other ranks do.
+    """
+    if rows.total:
+        inputs = {"position_ids": rows.positions[None]}
+        if embeds is not None:
+            return inputs | {"inputs_embeds": rows.pack(embeds)[None]}
+        assert tokens is not None
+        return inputs | {"input_ids": rows.pack(tokens)[None]}
+    device = rows.positions.device
+    inputs = {"position_ids": torch.zeros(1, 1, dtype=torch.int64, device=device)}
+    if embeds is not None:
+        return inputs | {"inputs_embeds": embeds.new_zeros(1, 1, embeds.shape[2])}
+    return inputs | {"input_ids": torch.zeros(1, 1, dtype=torch.int64, device=device)}
+
+
+def _plan(backbone: Any, model: Any, rows: Rows, embeds: Tensor | None) -> tuple[int, int | None]:
+    """Rows of a layer chunk and of a head chunk (None: the head's own rule) for this batch.
+
+    ``model`` is None where the backbone was called alone: its head is not in the plan then.
+    """
+    device, state = rows.positions.device, getattr(backbone, STATE)
+    head_rows = None
+    if isinstance(state.head_chunk_size, int):
+        head_rows = min(state.head_chunk_size, max(1, rows.total))  # the operator takes an int64
+    if state.memory_budget is None and (state.chunk_size != "auto" or device.type != "cpu"):
+        return resolve_chunk_size(state.chunk_size, device), head_rows
+    if device.type != "cpu":
+        raise ValueError(
+            f"memory_budget must be None on {device}: this version predicts CPU memory only"
+        )
+    shape = describe_parts(backbone, None if model is None else model.get_output_embeddings())
+    if embeds is not None and embeds.requires_grad:
+        shape = replace(shape, input_gradient=True)
+    longest = max((b - a for a, b in zip(rows.lengths, rows.lengths[1:], strict=False)), default=0)
+    step = Step(
+        max(1, rows.total),
+        max(1, longest),
+        torch.get_num_threads(),
+        accumulate=any(p.grad is not None for p in (model or backbone).parameters()),
+        padded=0 if rows.indices is None else rows.batch * rows.seqlen,
+    )
+    job = Job(
+        shape, step, state.optimizer, state.chunk_size, state.head_chunk_size, state.memory_budget
+    )
+    choice = choose(job) if job.budget is None else require_fit(job)
+    return choice.chunk, head_rows or (choice.head_chunk if shape.vocab else None)

@@ -1,0 +1,129 @@
+"""The autograd function under streaming: a layer over packed rows that saves its input and nothing
+else, and whose backward recomputes one chunk at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varstream._random_state import RandomState, random_state_kept
+from varstream.streaming.attend import Attend, AttendBackward, AttendProject, Keys, Projected
+from varstream.streaming.gradients import GradientSums
+from varstream.streaming.schedule import DeviceChunk, Schedule
+
+# body(x (c, d), its chunk, attend) -> outputs (c, ...), y first. It acts row by row but for attend.
+Body = Callable[[Tensor, DeviceChunk, Attend], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What forward and backward of one streamed layer share."""
+
+    body: Body
+    schedule: Schedule
+    attends: bool  # False: the body acts row by row
+
+
+def run_streamed(
+    body: Body, x: Tensor, schedule: Schedule, params: Sequence[Tensor], attends: bool = True
+) -> tuple[Tensor, ...]:
+    """The body's outputs over all rows x (n, d), differentiable in x and params, once."""
+    return _Streamed.apply(Work(body, schedule, attends), x, *params)
+
+
+class _Streamed(torch.autograd.Function):
+    """Parameters are inputs, so their gradients leave once however many chunks there were and hooks
+    of DDP or FSDP fire once."""
+
+    @staticmethod
+    def forward(ctx: Any, work: Work, x: Tensor, *params: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.work, ctx.params = work, params
+        ctx.autocast = _autocast_state(x.device.type)
+        ctx.save_for_backward(x, *params)  # params: so that autograd notices changes in place
+        ctx.states = []
+        keys, outputs = Keys(x.shape[0]), None
+        for chunk in work.schedule.chunks:
+            ctx.states.append(RandomState([x.device]))
+            parts = work.body(x[chunk.rows], chunk, Attend(keys, chunk))
+            if outputs is None:
+                outputs = tuple(part.new_empty(x.shape[0], *part.shape[1:]) for part in parts)
+            for whole, part in zip(outputs, parts, strict=True):
+                whole[chunk.rows] = part
+        assert outputs is not None
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # only create_graph=True runs a backward with gradients on
+            raise RuntimeError(
+                "a streamed layer has no second derivative: create_graph=True is refused"
+            )
+        x, *_ = ctx.saved_tensors
+        work, params = ctx.work, ctx.params
+        wanted = [p for p, need in zip(params, ctx.needs_input_grad[2:], strict=True) if need]
+        sums = GradientSums(wanted)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
+        chunks = list(zip(work.schedule.chunks, ctx.states, strict=True))
+        keys = Keys(x.shape[0])
+        with ExitStack() as stack:
+            stack.enter_context(ctx.autocast())
+            stack.enter_context(random_state_kept([x.device]))
+            if work.attends:
+                _project(work, x, chunks, keys)
+            stack.enter_context(sums.taken())
+            for chunk, state in reversed(chunks):
+                state.restore()
+                _backward_chunk(work, keys, chunk, x, grads, dx, sums)
+        found = iter(sums.finish())
+        param_grads = [next(found) if need else None for need in ctx.needs_input_grad[2:]]
+        return None, dx, *param_grads
+
+
+@torch.no_grad()
+def _project(
+    work: Work, x: Tensor, chunks: list[tuple[DeviceChunk, RandomState]], keys: Keys
+) -> None:
+    """K and V of all rows, formed chunk by chunk without a graph: the body runs up to there."""
+    for chunk, state in chunks:
+        state.restore()
+        with suppress(Projected):
+            work.body(x[chunk.rows], chunk, AttendProject(keys, chunk))
+    torch.clear_autocast_cache()  # casts of the weights, without a graph
+    keys.start_gradients()
+
+
+def _backward_chunk(
+    work: Work,
+    keys: Keys,
+    chunk: DeviceChunk,
+    x: Tensor,
+    grads: Sequence[Tensor | None],
+    dx: Tensor | None,
+    sums: GradientSums,
+) -> None:
+    """Recompute one chunk with a graph and run it back: dx rows, parameter sums, dK and dV of its
+    keys, and with its own, complete by then, the way back through the projections."""
+    rows = chunk.rows
+    attend = AttendBackward(keys, chunk)
+    with torch.enable_grad():
+        part = x[rows].detach().requires_grad_(dx is not None)
+        outputs = work.body(part, chunk, attend)
+    pairs = [(o, g[rows]) for o, g in zip(outputs, grads, strict=True) if g is not None]
+    if attend.anchor is not None:  # also where nothing of this chunk attended
+        pairs.append((attend.anchor, torch.zeros_like(attend.anchor)))
+    sums.backward(pairs, part, None if dx is None else dx[rows])
+
+
+def _autocast_state(device_type: str) -> Callable[[], Any]:
+    """A factory of contexts that restore the autocast state of now, for the recomputation."""
+    if device_type == "meta":  # unknown to autocast
+        return nullcontext
+    enabled = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type)
+    return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled)

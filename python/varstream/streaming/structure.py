@@ -1,0 +1,195 @@
+"""What ``vs.stream`` understands of a Hugging Face causal language model: its parts, found by what
+they are, and why a model is refused.
+
+Streaming runs the model's own backbone and each layer's own forward, on chunks of rows. That is
+exact where a layer mixes rows in one causal attention alone, which transformers' registry of
+attention functions lets us take over, and where everything else in it works row by row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+STATE = "_varstream"  # the attribute that marks a streamed module
+_ATTENTION = ("eager", "sdpa", "flash_attention", "flex_attention", "varstream")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_MODELS = "transformers.models."
+# Classes of transformers' models that may stand in a layer, by the end of their names.
+_ROWWISE = ("MLP", "Norm", "Experts", "Router", "MoeBlock", "MoE")
+# Others that work row by row, by the start of their full names.
+_ROWWISE_HOMES = (
+    "torch.nn.modules.activation.",
+    "torch.nn.modules.container.",
+    "torch.nn.modules.dropout.",
+    "torch.nn.modules.linear.Identity",
+    "torch.nn.modules.linear.Linear",
+    "torch.nn.modules.normalization.LayerNorm",
+    "torch.nn.modules.normalization.RMSNorm",
+    "transformers.activations.",
+    "transformers.pytorch_utils.Conv1D",
+    "peft.tuners.lora.layer.",
+)
+
+
+class UnsupportedModelError(ValueError):
+    """A model has a part that streaming doesn't understand; the message names it and the model is
+    untouched."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A causal language model's parts."""
+
+    model: Any  # without the wrapper of an adapter library
+    backbone: Any  # embeddings, layers, final norm
+    backbone_name: str
+    layers: nn.ModuleList
+    norm: nn.Module | None  # after the last layer
+    embedding: nn.Module  # of tokens
+    head: nn.Module
+
+    @property
+    def streamed(self) -> list[nn.Module]:
+        """The modules whose forward streaming replaces."""
+        ends = [self.norm] if self.norm is not None else []
+        return [self.model, self.backbone, *self.layers, *ends]
+
+
+def find_parts(model: Any) -> Parts:
+    """The parts of a causal language model of transformers, or of PEFT's wrapper around one.
+
+    Raises:
+        UnsupportedModelError: it has no such parts.
+    """
+    wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name, prefix = type(wrapped).__name__, getattr(wrapped, "base_model_prefix", "")
+    kind = getattr(getattr(wrapped, "config", None), "model_type", None)
+    backbone = getattr(wrapped, prefix, None) if prefix else None
+    head = wrapped.get_output_embeddings() if hasattr(wrapped, "get_output_embeddings") else None
+    if backbone is None or head is None:
+        raise UnsupportedModelError(
+            f"{name} (model type {kind!r}) has no decoder with a head; pass a causal language "
+            "model of transformers, the one that contains the decoder; "
+            "vs.stream_layer streams a layer of your own"
+        )
+    children = dict(backbone.named_children())
+    lists = [child for child in children.values() if isinstance(child, nn.ModuleList)]
+    norms = [child for child in children.values() if type(child).__name__.endswith("Norm")]
+    if len(lists) != 1 or len(norms) > 1:
+        raise UnsupportedModelError(
+            f"{prefix} has {len(lists)} lists of layers and {len(norms)} norms; "
+            "streaming understands one list of layers and at most one norm after it"
+        )
+    return Parts(
+        wrapped,
+        backbone,
+        prefix,
+        lists[0],
+        norms[0] if norms else None,
+        backbone.get_input_embeddings(),
+        head,
+    )
+
+
+def attention_of(layer: nn.Module) -> tuple[str, Any]:
+    """A layer's attention module and its name.
+
+    Raises:
+        UnsupportedModelError: there is none, or more than one.
+    """
+    found = [(n, m) for n, m in layer.named_modules() if _is_attention(m)]
+    if len(found) != 1:
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} has {len(found)} attention modules; "
+            "streaming understands layers with one"
+        )
+    return found[0]
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return any(kind.__name__.endswith("Attention") for kind in type(module).__mro__)
+
+
+def check_supported(model: Any) -> Parts:
+    """Refuse a model that streaming would not compute exactly.
+
+    Raises:
+        UnsupportedModelError: names the first part that isn't understood.
+    """
+    parts = find_parts(model)
+    wrapped, backbone, prefix = parts.model, parts.backbone, parts.backbone_name
+    _check_stock("the model", wrapped)
+    if not getattr(wrapped, "_supports_attention_backend", False):
+        raise UnsupportedModelError(
+            f"{type(wrapped).__name__} doesn't take its attention from transformers' registry"
+        )
+    _check_stock(prefix, backbone)
+    check_head(parts.head)
+    implementation = getattr(wrapped.config, "_attn_implementation", None) or "eager"
+    if not implementation.startswith(_ATTENTION):
+        raise UnsupportedModelError(
+            f"attention implementation {implementation!r} isn't one that streaming replaces exactly"
+        )
+    for child in wrapped.children():
+        if child not in (backbone, parts.head):
+            raise UnsupportedModelError(
+                f"{_name_of(wrapped, child)} is a part that streaming doesn't understand"
+            )
+    for name, child in backbone.named_children():
+        known = (nn.Embedding, nn.Dropout)
+        rotary = type(child).__name__.endswith("RotaryEmbedding")
+        if child not in (parts.layers, parts.norm) and not rotary and not isinstance(child, known):
+            raise UnsupportedModelError(
+                f"{prefix}.{name} is a part that streaming doesn't understand"
+            )
+    for i, layer in enumerate(parts.layers):
+        _check_layer(f"{prefix}.{_name_of(backbone, parts.layers)}.{i}", layer)
+    return parts
+
+
+def check_head(head: Any) -> None:
+    """Refuse a head whose weights are not all there is to it: its module is never called."""
+    base = getattr(head, "base_layer", head)  # of a LoRA adapter
+    if type(base) is not nn.Linear:
+        raise UnsupportedModelError(f"lm_head is a {type(base).__name__}, not a plain nn.Linear")
+    if any(getattr(m, hook) for m in (head, base) for hook in _HOOKS):
+        raise UnsupportedModelError("lm_head has hooks, which would not fire on a streamed model")
+
+
+def _name_of(parent: nn.Module, child: Any) -> str:
+    return next(name for name, module in parent.named_children() if module is child)
+
+
+def _check_stock(name: str, module: nn.Module) -> None:
+    """Refuse a forward of the user's own where streaming takes the forward's place."""
+    home = f"{type(module).__module__}.{type(module).__qualname__}"
+    if not home.startswith(_MODELS):
+        raise UnsupportedModelError(f"{name} is a {home}, not a class of {_MODELS[:-1]}")
+    if "_varstream_head" in module.__dict__:
+        raise UnsupportedModelError(
+            f"{name} has a fused head; call unfuse_head first (a streamed model needs none)"
+        )
+    if "forward" in module.__dict__ and not hasattr(module, STATE):
+        raise UnsupportedModelError(
+            f"{name} has a forward set on the instance; call vs.stream first and wrap afterwards"
+        )
+
+
+def _check_layer(name: str, layer: nn.Module) -> None:
+    _check_stock(name, layer)
+    path, attention = attention_of(layer)
+    _check_stock(f"{name}.{path}", attention)
+    if not getattr(attention, "is_causal", True):
+        raise UnsupportedModelError(f"{name}.{path} isn't causal")
+    for inner, module in layer.named_modules():
+        if module is layer or module is attention:
+            continue
+        home = f"{type(module).__module__}.{type(module).__qualname__}"
+        stock = home.startswith(_MODELS) and home.endswith(_ROWWISE)
+        if not stock and not home.startswith(_ROWWISE_HOMES):
+            raise UnsupportedModelError(
+                f"{name}.{inner} is a {home}, a part that streaming doesn't understand"
+            )
