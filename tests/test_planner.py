@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import family_classes, make_model, packed_row
+from models import FAMILIES, family_classes, make_model, packed_row
 from torch import nn
 from transformers import GPT2Config, LlamaConfig
 
