@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from models import FAMILIES, VOCAB, loss_and_gradients, make_model, make_twin
+from models import FAMILIES, VOCAB, family_classes, loss_and_gradients, make_model, make_twin
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, Trainer, TrainingArguments
@@ -91,7 +91,7 @@ def computed(monkeypatch):
 # --- losses and gradients -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"gpt2", "mixtral", "qwen3_moe"}))
 def test_twins(family):
     compare(make_twin(family), batch(), chunk_size=7)
 
@@ -537,7 +537,7 @@ def test_what_the_head_would_miss_is_refused(change, message):
 
 
 def test_other_models_are_refused():
-    class Mine(FAMILIES["llama"][0]):
+    class Mine(family_classes("llama")[0]):
         pass
 
     class Wrapper(nn.Module):
