@@ -15,7 +15,10 @@
 #   bench-backward-64 bench-backward-128 bench-backward-ragged bench-backward-grouped
 #   bench-backward-rest bench-chunks bench-sums
 #   bench-head bench-head-shapes bench-head-kinds bench-logprobs bench-distillation
-#               microbenchmarks, each checked for correctness first, to bench/results/<gpu>.json
+#   bench-stream-8k bench-stream-16k-full bench-stream-16k-lora
+#   bench-stream-32k-MODEL bench-stream-64k-packed bench-stream-64k-MODEL bench-stream-128k-MODEL
+#               (MODEL: qwen3-4b, qwen3-8b, llama-8b; PEFT must be installed)
+#               microbenchmarks and training steps, each checked for correctness first, to bench/results/<gpu>.json
 #
 # A step that fails makes the script fail in the end; the steps after it still run, and what one
 # has measured is stored as each case is done. No step may take longer than GPU_LIMIT seconds (590).
@@ -29,7 +32,10 @@ tools=(memcheck racecheck synccheck initcheck)
 sanitize=("${tools[@]}" "${tools[@]/%/-backward}" "${tools[@]/%/-head}")
 bench=(bench-dense bench-ragged bench-grouped bench-rest bench-backward-64 bench-backward-128
   bench-backward-ragged bench-backward-grouped bench-backward-rest bench-chunks bench-sums
-  bench-head bench-head-shapes bench-head-kinds bench-logprobs bench-distillation)
+  bench-head bench-head-shapes bench-head-kinds bench-logprobs bench-distillation
+  bench-stream-8k bench-stream-16k-full bench-stream-16k-lora
+  bench-stream-32k-{qwen3-4b,qwen3-8b,llama-8b} bench-stream-64k-packed
+  bench-stream-64k-{qwen3-4b,qwen3-8b,llama-8b} bench-stream-128k-{qwen3-4b,qwen3-8b,llama-8b})
 all=(build test "${sanitize[@]}" "${bench[@]}")
 left_out=77 # exit code of a step that can't run here
 
@@ -86,7 +92,7 @@ sanitizer() {
 }
 
 # Topics whose cases have steps of their own.
-elsewhere='attention_(forward|backward|chunks)|tile_schedule|head|head_rows|logprobs|distillation'
+elsewhere='attention_(forward|backward|chunks)|tile_schedule|head|head_rows|logprobs|distillation|stream_gpu'
 
 # Other kernels' shared memory and barriers are not ours to check. initcheck must see who writes.
 ours=(--kernel-name kns=varstream)
@@ -145,10 +151,26 @@ step() {
     bench-head-kinds) run_cases 'head/bf16_gpu_none' 'head/bf16_gpu_frozen' 'head/bf16_gpu_ignored_*' ;;
     bench-logprobs) run_cases 'logprobs/bf16_gpu_*' ;;
     bench-distillation) run_cases 'distillation/bf16_gpu_*' 'head_rows' ;;
+    bench-stream-8k) run_steps 2 'stream_gpu/*_8k' ;;
+    bench-stream-16k-full) run_steps 2 'stream_gpu/*_full_*_16k' ;;
+    bench-stream-16k-lora) run_steps 2 'stream_gpu/*_lora_*_16k' ;;
+    bench-stream-32k-qwen3-4b) run_steps 2 'stream_gpu/qwen3_4b_*_32k' ;;
+    bench-stream-32k-qwen3-8b) run_steps 2 'stream_gpu/qwen3_8b_*_32k' ;;
+    bench-stream-32k-llama-8b) run_steps 2 'stream_gpu/llama_8b_*_32k' ;;
+    bench-stream-64k-packed) run_steps 1 'stream_gpu/*_packed_64k' ;;
+    bench-stream-64k-qwen3-4b) run_steps 1 'stream_gpu/qwen3_4b_*_single_64k' ;;
+    bench-stream-64k-qwen3-8b) run_steps 1 'stream_gpu/qwen3_8b_*_single_64k' ;;
+    bench-stream-64k-llama-8b) run_steps 1 'stream_gpu/llama_8b_*_single_64k' ;;
+    bench-stream-128k-qwen3-4b) run_steps 1 'stream_gpu/qwen3_4b_*_128k' ;;
+    bench-stream-128k-qwen3-8b) run_steps 1 'stream_gpu/qwen3_8b_*_128k' ;;
+    bench-stream-128k-llama-8b) run_steps 1 'stream_gpu/llama_8b_*_128k' ;;
   esac
 }
 
 run_cases() { "$python" -m bench run --device cuda "$@"; }
+
+# run_steps ROUNDS PATTERN...: a training step takes seconds, so that few rounds fill a step here
+run_steps() { run_cases --rounds "$@"; }
 
 wanted=()
 for name in "${@:-all}"; do

@@ -16,18 +16,26 @@ from bench.cases import all_cases, matching
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "bench/gpu.sh"
 BACKWARD = ("64", "128", "ragged", "grouped", "rest")
+MODELS = ("qwen3-4b", "qwen3-8b", "llama-8b")
 BENCH = (
     *("bench-dense", "bench-ragged", "bench-grouped", "bench-rest"),
     *(f"bench-backward-{part}" for part in BACKWARD),
     *("bench-chunks", "bench-sums"),
     *("bench-head", "bench-head-shapes", "bench-head-kinds"),
     *("bench-logprobs", "bench-distillation"),
+    *("bench-stream-8k", "bench-stream-16k-full", "bench-stream-16k-lora"),
+    *(f"bench-stream-32k-{model}" for model in MODELS),
+    "bench-stream-64k-packed",
+    *(f"bench-stream-{length}-{model}" for length in ("64k", "128k") for model in MODELS),
 )
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SANITIZE = (*TOOLS, *(f"{tool}-{part}" for part in ("backward", "head") for tool in TOOLS))
 STEPS = ("build", "test", *SANITIZE, *BENCH)
 # The cases of bench-rest are those of no other step.
-ELSEWHERE = "attention_(forward|backward|chunks)|tile_schedule|head|head_rows|logprobs|distillation"
+ELSEWHERE = (
+    "attention_(forward|backward|chunks)|tile_schedule|head|head_rows|logprobs|distillation|"
+    "stream_gpu"
+)
 
 # Stands for python and for compute-sanitizer: notes its arguments, fails where told to.
 STUB = """#!/usr/bin/env bash
@@ -80,6 +88,7 @@ def test_every_step_runs_in_order(script):
             # A filtered initcheck would not see the copies that fill our inputs.
             assert ("kns=varstream" in line) == (tool in ("racecheck", "synccheck"))
     assert "bench run --device cuda merge/x pack/x\n" in calls
+    assert "bench run --device cuda --rounds 1 stream_gpu/llama_8b_*_128k\n" in calls
 
 
 def test_a_failure_stops_nothing_but_is_told(script):
@@ -115,7 +124,8 @@ def test_a_wrong_step_is_named():
 
 def test_every_gpu_case_is_in_one_step():
     found: list[str] = []
-    for patterns in re.findall(r"^    bench-[\w-]+\) run_cases (.*) ;;$", SCRIPT.read_text(), re.M):
+    steps = r"^    bench-[\w-]+\) (?:run_cases|run_steps \d) (.*) ;;$"
+    for patterns in re.findall(steps, SCRIPT.read_text(), re.M):
         found += [case.name for case in matching([p.strip("'") for p in patterns.split()])]
     on_gpu = [name for name, case in all_cases().items() if "cuda" in case.devices]
     assert f"\nelsewhere='{ELSEWHERE}'\n" in SCRIPT.read_text()

@@ -1,5 +1,5 @@
-"""``vs.stream`` and ``vs.stream_layer``: training steps in little memory, against gradient
-checkpointing with the same chunked loss, the strongest setup that is at hand everywhere."""
+"""``vs.stream`` on a padded batch and ``vs.stream_layer``, against gradient checkpointing with the
+same loss; ``streaming_models`` has the steps over long rows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,18 @@ from torch.utils.checkpoint import checkpoint
 import varstream as vs
 
 from .. import peers
-from ..case import Bar, Case, Peer, Setup, Shape
+from ..case import Case, Peer, Setup, Shape
+from . import streaming_models
 
 TOLERANCE = 1e-4  # float32 gradients of two float32 computations
-BARS = (Bar("memory/checkpointing", 0.42), Bar("time/checkpointing", 1.0))
-LLAMA = {"width": 512, "inner": 1376, "layers": 4, "heads": 8, "classes": 16000}
-TINY_LLAMA = {"width": 32, "inner": 48, "layers": 2, "heads": 2, "classes": 97}
+LLAMA = {
+    **{"width": 512, "inner": 1376, "layers": 4, "heads": 8, "classes": 16000},
+    **{"batch": 8, "seqlen": 1024},
+}
+TINY_LLAMA = {
+    **{"width": 32, "inner": 48, "layers": 2, "heads": 2, "classes": 97},
+    **{"batch": 3, "seqlen": 23},
+}
 
 
 def _llama(shape: Shape, seed: int) -> Any:
@@ -48,7 +54,7 @@ def _gradients(model: Any) -> list[Tensor]:
 
 
 def _build_model(shape: Shape, device: torch.device, seed: int) -> Setup:
-    """``batch`` documents of up to ``seqlen`` tokens, right-padded; one document has no padding."""
+    """``batch`` documents of up to ``seqlen`` tokens, right-padded."""
     dense = _llama(shape, seed).to(device)
     streamed = vs.stream(copy.deepcopy(dense), chunk_size="auto")
     dense.gradient_checkpointing_enable()
@@ -58,8 +64,8 @@ def _build_model(shape: Shape, device: torch.device, seed: int) -> Setup:
     shortest = max(2, seqlen // 5)
     lengths = torch.randint(shortest, seqlen + 1, (batch,), generator=draw)
     real = (torch.arange(seqlen) < lengths[:, None]).to(device)
-    mask = {"attention_mask": real.long()} if batch > 1 else {}
-    labels = ids if batch == 1 else ids.masked_fill(~real, -100)
+    mask = {"attention_mask": real.long()}
+    labels = ids.masked_fill(~real, -100)
 
     def checkpointing() -> list[Tensor]:
         """Hugging Face's layers checkpointed, our chunked head."""
@@ -74,9 +80,7 @@ def _build_model(shape: Shape, device: torch.device, seed: int) -> Setup:
 
     return Setup(
         runs={"varstream": streaming, "checkpointing": checkpointing},
-        figures=lambda peaks, ours: {
-            "fill": real.sum().item() / real.numel() if batch > 1 else 1.0,
-        },
+        figures=lambda peaks, ours: {"fill": real.sum().item() / real.numel()},
     )
 
 
@@ -145,36 +149,20 @@ def _build_layer(shape: Shape, device: torch.device, seed: int) -> Setup:
     )
 
 
-def _case(name: str, shape: Shape, quick: Shape, note: str, barred: bool = False) -> Case:
-    return Case(
-        f"stream/{name}",
+CASES = (
+    *streaming_models.CASES,
+    Case(
+        "stream/padded_batch",
         "stream",
-        {**LLAMA, **shape},
+        LLAMA,
         _build_model,
-        {**TINY_LLAMA, **quick},
-        peers=(Peer("checkpointing", peers.transformers),),
-        bars=BARS if barred else (),
+        TINY_LLAMA,
+        peers=(Peer("checkpointing"),),
         reference="checkpointing",
         tolerance=TOLERANCE,
         needs=peers.transformers,
-        slow=barred,
-        note=f"one training step of a Llama, {note}; the peer has the same chunked loss",
-    )
-
-
-CASES = (
-    _case(
-        "long_16k",
-        {"batch": 1, "seqlen": 16384},
-        {"seqlen": 65},
-        "one document of 16k tokens",
-        True,
-    ),
-    _case(
-        "padded_batch",
-        {"batch": 8, "seqlen": 1024},
-        {"batch": 3, "seqlen": 23},
-        "a right-padded batch of ragged documents",
+        note="one training step of a Llama, a right-padded batch of ragged documents; the peer has "
+        "the same chunked loss",
     ),
     Case(
         "stream_layer/packed",
