@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import published
 from .case import OURS
 from .results import BenchError, Document
 
@@ -20,12 +21,13 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 INTRODUCTION = """\
 # Benchmarks
 
-Drawn by `python -m bench report` from the JSON under `bench/results/`; nothing here is typed by
-hand. Every result was checked against a reference before it was timed, ours and each peer's in the
-same rounds. A ratio is our time over the peer's within a round, the median of all rounds with its
-quartiles: below 1 is faster. A floor does only the part of the work that nobody can leave out, so a
-ratio to it near 1 is the best there is. Memory is what a run adds to the allocated tensors at its
-worst moment. `bench/README.md` says how to repeat the measurements and how to read the JSON.
+Drawn by `python -m bench report` from the JSON under `bench/results/`; nothing measured here is
+typed by hand. Every result was checked against a reference before it was timed, ours and each
+peer's in the same rounds. A ratio is our time over the peer's within a round, the median of all
+rounds with its quartiles: below 1 is faster. A floor does only the part of the work that nobody can
+leave out, so a ratio to it near 1 is the best there is. Memory is what a run adds to the allocated
+tensors at its worst moment. `bench/README.md` says how to repeat the measurements and how to read
+the JSON.
 """
 
 
@@ -34,6 +36,7 @@ def markdown(documents: Sequence[Document], figures: str | None = None) -> str:
     parts = [INTRODUCTION]
     for document in documents:
         parts.append(_section(document, figures))
+    parts.append("\n".join(published.section()) + "\n")
     return "\n".join(parts)
 
 

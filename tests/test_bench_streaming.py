@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bench import report
 from bench.case import OURS
 from bench.cases import all_cases
 from bench.cases import streaming_baselines as ways
@@ -265,3 +266,17 @@ def test_a_wrong_gradient_fails_a_case():
     wrong = models.Setup(runs={**setup.runs, OURS: off})
     with pytest.raises(CheckFailed, match="relative error"):
         _check(case, wrong, [OURS], {}, CPU, lambda phase: None)
+
+
+def test_published_figures_stand_apart():
+    """With their hardware, after everything that was measured."""
+    page = report.markdown([])
+    words = page[page.index("## Published by others, not measured here") :]
+    assert "A800" in words and "arXiv 2506.03077" in words and "Other hardware" in words
+    for line in (
+        "| Qwen3-4B, backward | 18000 tokens | 14.7 s | 13.2 s | 0.898 |",
+        "| Llama-3.1-8B, peak | 18000 tokens | 65.6 GB | 37.2 GB | 0.567 |",
+        "| longest row | Qwen3-8B LoRA | 30.6 thousand tokens | 142.4 thousand tokens | 4.654 |",
+    ):
+        assert line in words.splitlines(), line
+    assert words.count("\n## ") == 0
