@@ -15,7 +15,12 @@ from varstream.streaming.backbone import PackedHidden, routers_wanted
 from varstream.streaming.forward import Forward
 from varstream.streaming.routers import load_balancing, router_class
 from varstream.streaming.rows import check_labels, shift_labels
-from varstream.streaming.structure import Parts, UnsupportedModelError, check_head
+from varstream.streaming.structure import (
+    Parts,
+    UnsupportedModelError,
+    active_head,
+    check_head,
+)
 
 IGNORE_INDEX = -100
 
@@ -79,9 +84,12 @@ def head_operands(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | N
     A LoRA adapter adds ``s B A x``: its ``s A x`` are r more columns of the hidden states and its B
     r more of the weight, so that V x d never exists a second time as a product.
     """
+    head = active_head(head)
     base = getattr(head, "base_layer", None)
     if base is None:
         return hidden, head.weight, head.bias
+    if head.disable_adapters and head.merged:
+        head.unmerge()  # as its own forward does
     weight = base.weight
     if head.disable_adapters or head.merged:
         return hidden, weight, base.bias
@@ -90,10 +98,6 @@ def head_operands(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | N
         if name not in head.lora_A:
             continue
         down, up = head.lora_A[name], head.lora_B[name]
-        if head.lora_variant.get(name) is not None or up.bias is not None:
-            raise UnsupportedModelError(
-                f"lm_head's adapter {name!r} is not plain LoRA (DoRA or a bias, for example)"
-            )
         low = F.linear(head.lora_dropout[name](hidden).to(down.weight.dtype), down.weight)
         columns.append((low * head.scaling[name]).to(hidden.dtype))
         weights.append(up.weight.to(weight.dtype))

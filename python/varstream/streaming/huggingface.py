@@ -86,7 +86,7 @@ def stream(
         unstream(model)
     parts = check_supported(model)
     check_logits(parts)
-    for module in parts.streamed:
+    for module in dict.fromkeys(parts.streamed):  # a layer may be there twice
         setattr(module, STATE, state)
         module.forward = Forward(module, _run(parts, module))
     return model
@@ -100,7 +100,7 @@ def unstream(model: Any) -> Any:
     """
     if not _is_streamed(model):
         raise ValueError(f"{type(model).__name__} is not a streamed causal language model")
-    modules = [module for module in find_parts(model).streamed if hasattr(module, STATE)]
+    modules = [m for m in find_parts(model).model.modules() if STATE in m.__dict__]
     for module in modules:
         if not isinstance(module.forward, Forward):
             raise ValueError(

@@ -31,7 +31,11 @@ _ROWWISE_HOMES = (
     "transformers.activations.",
     "transformers.pytorch_utils.Conv1D",
     "peft.tuners.lora.layer.",
+    "peft.tuners.lora.dora.DoraLinearLayer",
+    "peft.utils.other.ModulesToSaveWrapper",
 )
+# PEFT's adapters of the input that only put embeddings before it.
+_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING")
 
 
 class UnsupportedModelError(ValueError):
@@ -77,7 +81,7 @@ def find_parts(model: Any) -> Parts:
         )
     children = dict(backbone.named_children())
     lists = [child for child in children.values() if isinstance(child, nn.ModuleList)]
-    norms = [child for child in children.values() if type(child).__name__.endswith("Norm")]
+    norms = [c for c in children.values() if type(_inside(c)).__name__.endswith("Norm")]
     if len(lists) != 1 or len(norms) > 1:
         raise UnsupportedModelError(
             f"{prefix} has {len(lists)} lists of layers and {len(norms)} norms; "
@@ -92,6 +96,15 @@ def find_parts(model: Any) -> Parts:
         backbone.get_input_embeddings(),
         head,
     )
+
+
+def _inside(module: Any) -> Any:
+    """A module without what PEFT wrapped around it."""
+    for name in ("original_module", "base_layer"):
+        inner = getattr(module, name, None)
+        if inner is not None:
+            return inner
+    return module
 
 
 def attention_of(layer: nn.Module) -> tuple[str, Any]:
@@ -119,6 +132,7 @@ def check_supported(model: Any) -> Parts:
     Raises:
         UnsupportedModelError: names the first part that isn't understood.
     """
+    _check_prompts(model)
     parts = find_parts(model)
     wrapped, backbone, prefix = parts.model, parts.backbone, parts.backbone_name
     _check_stock("the model", wrapped)
@@ -141,7 +155,11 @@ def check_supported(model: Any) -> Parts:
     for name, child in backbone.named_children():
         known = (nn.Embedding, nn.Dropout)
         rotary = type(child).__name__.endswith("RotaryEmbedding")
-        if child not in (parts.layers, parts.norm) and not rotary and not isinstance(child, known):
+        if (
+            child not in (parts.layers, parts.norm)
+            and not rotary
+            and not isinstance(_inside(child), known)
+        ):
             raise UnsupportedModelError(
                 f"{prefix}.{name} is a part that streaming doesn't understand"
             )
@@ -150,13 +168,45 @@ def check_supported(model: Any) -> Parts:
     return parts
 
 
+def _check_prompts(model: Any) -> None:
+    """Refuse PEFT's adapters of the input that fill a cache or have a loss of their own."""
+    config = getattr(model, "active_peft_config", None)
+    kind = getattr(config, "peft_type", None)
+    kind = getattr(kind, "value", kind)
+    if getattr(config, "is_prompt_learning", False) and kind not in _PROMPTS:
+        raise UnsupportedModelError(
+            f"the adapter is of type {kind}; of those that change the input streaming understands "
+            f"{', '.join(_PROMPTS)} only"
+        )
+
+
+def active_head(head: Any) -> Any:
+    """The head that is called: of the copies that PEFT made to be trained, the active one."""
+    copies = getattr(head, "modules_to_save", None)
+    if copies is None:
+        return head
+    if head.disable_adapters or not head.active_adapters:
+        return head.original_module
+    return copies[head.active_adapters[0]]
+
+
 def check_head(head: Any) -> None:
     """Refuse a head whose weights are not all there is to it: its module is never called."""
-    base = getattr(head, "base_layer", head)  # of a LoRA adapter
+    active = active_head(head)
+    base = getattr(active, "base_layer", active)  # of a LoRA adapter
     if type(base) is not nn.Linear:
         raise UnsupportedModelError(f"lm_head is a {type(base).__name__}, not a plain nn.Linear")
-    if any(getattr(m, hook) for m in (head, base) for hook in _HOOKS):
+    if any(getattr(m, hook) for m in (head, active, base) for hook in _HOOKS):
         raise UnsupportedModelError("lm_head has hooks, which would not fire on a streamed model")
+    if base is active:
+        return
+    for name in active.active_adapters:
+        if name not in active.lora_A:
+            continue
+        if active.lora_variant.get(name) is not None or active.lora_B[name].bias is not None:
+            raise UnsupportedModelError(
+                f"lm_head's adapter {name!r} is not plain LoRA (DoRA or a bias, for example)"
+            )
 
 
 def _name_of(parent: nn.Module, child: Any) -> str:
