@@ -22,9 +22,10 @@ from varstream.streaming.layer_call import (
     implementation,
     in_call,
     register,
+    seen,
     trained,
 )
-from varstream.streaming.recompute import run_streamed
+from varstream.streaming.recompute import Body, run_streamed
 from varstream.streaming.routers import router_class
 from varstream.streaming.rows import Rows, check_sequence_index, documents_shown, make_rows
 from varstream.streaming.schedule import Schedule, resolve_chunk_size
@@ -74,9 +75,9 @@ def layer_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
     else:
         x = kwargs.pop("hidden_states")
     body = LayerBody(layer, attention_of(layer)[1], args, kwargs, call)
-    y, *logits = run_streamed(body, x[0], call.schedule, trained(layer))
+    y, *logits = _run(call, layer, body, x)
     call.router_logits += logits
-    return y[None]
+    return (y,) if body.in_tuple else y
 
 
 def norm_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
@@ -89,8 +90,19 @@ def norm_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
     def body(part: Tensor, *_: Any) -> tuple[Tensor]:
         return (forward.original(part[None])[0],)
 
-    (y,) = run_streamed(body, x[0], call.schedule, trained(forward.module), attends=False)
-    return y[None]
+    (y,) = _run(call, forward.module, body, x, attends=False)
+    return y
+
+
+def _run(
+    call: StreamCall, module: Any, body: Body, x: Tensor, attends: bool = True
+) -> tuple[Tensor, ...]:
+    """Stream the body over x (1, n, d); y comes as (1, n, d) too."""
+    gives = x is call.output and not call.exposed
+    params = trained(module)
+    y, *rest = run_streamed(body, x.squeeze(0), call.schedule, params, attends, call.flow, gives)
+    call.output, call.exposed = y[None], seen(module)
+    return call.output, *rest
 
 
 def backbone_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
@@ -121,8 +133,9 @@ def backbone_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
     register()
     with implementation(backbone.config):
         output = in_call(call, forward.original, **inputs, use_cache=False)
-    hidden = output.last_hidden_state[0, : rows.total]
-    logits = [part[: rows.total] for part in call.router_logits]
+    hidden, logits = output.last_hidden_state.squeeze(0), call.finish()
+    if not rows.total:
+        hidden, logits = hidden[:0], [part[:0] for part in logits]
     if caller is not None:
         return PackedHidden(hidden, rows, head_chunk, logits)
     output.last_hidden_state = rows.unpack(hidden)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from varstream.streaming.attend import Attend
+from varstream.streaming.recompute import Flow
 from varstream.streaming.routers import recorded
 from varstream.streaming.schedule import DeviceChunk, Schedule
 from varstream.streaming.structure import UnsupportedModelError
@@ -29,6 +30,15 @@ class StreamCall:
     total: int  # n
     gaps: bool  # some document has masked positions between its real ones
     routers: tuple[type, int] | None = None  # wanted: a router's class, its logits' place
+    flow: Flow = field(default_factory=Flow)
+    output: Tensor | None = None  # (1, n, d) of the streamed layer that ran last
+    exposed: bool = True  # others may hold it, who could ask for its gradient
+
+    def finish(self) -> list[Tensor]:
+        """The routers' logits, let go with the rest: the graph holds the call, and what the call
+        held of the graph would never be freed."""
+        logits, self.router_logits, self.output = self.router_logits, [], None
+        return logits
     router_logits: list[Tensor] = field(default_factory=list)  # (n, experts) of each MoE layer
 
 
@@ -45,7 +55,7 @@ current_call: ContextVar[StreamCall | None] = ContextVar("varstream_call", defau
 _slot: ContextVar[_Slot | None] = ContextVar("varstream_slot", default=None)
 
 
-@dataclass(frozen=True)
+@dataclass
 class LayerBody:
     """A layer as the body of a streamed function; ``args`` and ``kwargs`` follow its input."""
 
@@ -54,6 +64,7 @@ class LayerBody:
     args: Sequence[Any]
     kwargs: dict[str, Any]
     call: StreamCall
+    in_tuple: bool = False  # whether the layer's output comes in a tuple
 
     def __call__(self, x: Tensor, chunk: DeviceChunk, attend: Attend) -> tuple[Tensor, ...]:
         """x (c, d) to the layer's output (c, d) and its routers' logits (c, experts)."""
@@ -68,12 +79,13 @@ class LayerBody:
                 stack.enter_context(_without_queries(self.attention))
             logits = stack.enter_context(recorded(layer, call.routers))
             y = type(layer).forward(layer, x[None], *args, **kwargs)
-        if isinstance(y, tuple):
-            y = y[0]
-        if slot.calls != 1 or tuple(y.shape) != (1, *x.shape):
+        if isinstance(y, tuple) and len(y) == 1:
+            self.in_tuple, (y,) = True, y
+        if slot.calls != 1 or not isinstance(y, Tensor) or y.shape != (1, *x.shape):
+            got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise UnsupportedModelError(
-                f"{type(layer).__name__} called attention {slot.calls} times and returned "
-                f"{tuple(y.shape)}; streaming understands one call and the shape {(1, *x.shape)}"
+                f"{type(layer).__name__} called attention {slot.calls} times and returned {got}; "
+                f"streaming understands one call and a tensor of shape {(1, *x.shape)}"
             )
         return y[0], *logits
 
@@ -220,6 +232,19 @@ def _window(sliding_window: int | None) -> tuple[int, int]:
             f"sliding_window is {sliding_window}; it must be None or at least 1"
         )
     return (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
+
+
+def seen(module: nn.Module) -> bool:
+    """Whether hooks see the module's output, and could keep it or ask for its gradient."""
+    everywhere = nn.modules.module
+    return bool(
+        module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
 
 
 def trained(module: nn.Module) -> list[Tensor]:

@@ -20,6 +20,17 @@ from varstream.streaming.schedule import DeviceChunk, Schedule
 Body = Callable[[Tensor, DeviceChunk, Attend], tuple[Tensor, ...]]
 
 
+@dataclass
+class Flow:
+    """The gradient that goes down a stack of streamed layers.
+
+    A layer whose output goes into the next one and nowhere else may write its own dx over the dx of
+    that one, which is its dy: rows of a chunk are read before they are written.
+    """
+
+    address: int = 0  # of the dx that the layer above has given away, 0 for none
+
+
 @dataclass(frozen=True)
 class Work:
     """What forward and backward of one streamed layer share."""
@@ -27,13 +38,25 @@ class Work:
     body: Body
     schedule: Schedule
     attends: bool  # False: the body acts row by row
+    flow: Flow | None
+    gives: bool  # its dx to the layer below
 
 
 def run_streamed(
-    body: Body, x: Tensor, schedule: Schedule, params: Sequence[Tensor], attends: bool = True
+    body: Body,
+    x: Tensor,
+    schedule: Schedule,
+    params: Sequence[Tensor],
+    attends: bool = True,
+    flow: Flow | None = None,
+    gives: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The body's outputs over all rows x (n, d), differentiable in x and params, once."""
-    return _Streamed.apply(Work(body, schedule, attends), x, *params)
+    """The body's outputs over all rows x (n, d), differentiable in x and params, once.
+
+    Within a stack ``flow`` is the stack's; ``gives`` says that x is the output of the layer below
+    and nobody else's.
+    """
+    return _Streamed.apply(Work(body, schedule, attends, flow, gives), x, *params)
 
 
 class _Streamed(torch.autograd.Function):
@@ -68,7 +91,7 @@ class _Streamed(torch.autograd.Function):
         work, params = ctx.work, ctx.params
         wanted = [p for p, need in zip(params, ctx.needs_input_grad[2:], strict=True) if need]
         sums = GradientSums(wanted)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
+        dx = _room(work.flow, x, grads[0]) if ctx.needs_input_grad[1] else None
         chunks = list(zip(work.schedule.chunks, ctx.states, strict=True))
         keys = Keys(x.shape[0])
         with ExitStack() as stack:
@@ -80,9 +103,19 @@ class _Streamed(torch.autograd.Function):
             for chunk, state in reversed(chunks):
                 state.restore()
                 _backward_chunk(work, keys, chunk, x, grads, dx, sums)
+        if work.flow is not None:
+            work.flow.address = dx.data_ptr() if dx is not None and work.gives else 0
         found = iter(sums.finish())
         param_grads = [next(found) if need else None for need in ctx.needs_input_grad[2:]]
         return None, dx, *param_grads
+
+
+def _room(flow: Flow | None, x: Tensor, dy: Tensor | None) -> Tensor:
+    """Where dx goes: over dy where the layer above gave it, else into memory of its own."""
+    if flow is None or dy is None or dy.data_ptr() != flow.address:
+        return torch.empty_like(x)
+    same = (dy.shape, dy.dtype, dy.stride()) == (x.shape, x.dtype, x.stride())
+    return dy if same and x.is_contiguous() and not x.is_meta else torch.empty_like(x)
 
 
 @torch.no_grad()
