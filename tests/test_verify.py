@@ -96,7 +96,7 @@ def test_rotary_lists_and_token_ids_fit_the_copy():
     small = shrink_config(config)
     assert small.rope_parameters["rope_type"] == "longrope"
     assert small.rope_parameters["short_factor"] == [1.0] * (small.head_dim // 2)
-    assert (small.pad_token_id, small.bos_token_id) == (60, None)
+    assert (small.pad_token_id, small.bos_token_id) == (60, 0)
     assert verify(config, **QUICK).exact
 
 

@@ -1,6 +1,6 @@
-"""Float64 twins: copies of Hugging Face models without the float32 casts their classes contain.
+"""float64 twins of Hugging Face models, whose own arithmetic is exact to rounding.
 
-A stock "float64" model casts norms, rotary tables, softmax, routers and loss to float32 and is
+A Hugging Face "float64" model casts its norms, rotary tables, routers and loss to float32 and is
 exact to about 6e-8 only; its twin computes everything in float64, so exactness can be tested to
 rounding.
 """
@@ -8,69 +8,146 @@ rounding.
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from varstream._random_state import random_state_kept
 
 IMPLEMENTATION = "varstream_float64"
+_LOWER = (torch.float32, torch.bfloat16, torch.float16)
+_CASTS = (Tensor.float, Tensor.bfloat16, Tensor.half)
+# Tensors that models pass on to attention functions and that change no score.
+_HARMLESS = {"cu_seq_lens_q", "cu_seq_lens_k", "num_items_in_batch", "position_ids", "seq_idx"}
 
 
 def float64_twin(model: Any) -> Any:
     """Return a float64 copy of a Hugging Face causal language model.
 
-    Norms, rotary tables, routers, attention and the loss compute in float64. The load balancing
-    loss of a mixture of experts is a function of the model's module and stays as it is;
-    ``load_balancing_loss`` is its float64 form.
+    Norms, rotary tables, routers, attention and the loss compute in float64: casts to a lower
+    dtype inside the parts of its layers become casts to float64. The load balancing loss of a
+    mixture of experts is a function of the model's module; ``exact_routers`` takes its casts out.
 
     Raises:
-        ValueError: a norm or rotary module isn't of a known form.
+        ValueError: a part of the model still computes in a lower dtype, or its attention takes
+            what the twin doesn't know; the message names it.
     """
     twin = copy.deepcopy(model).to(torch.float64)
     _register()
     twin.config._attn_implementation = IMPLEMENTATION
     twin.config._experts_implementation = "eager"  # the grouped product knows no float64
-    for name, module in twin.named_modules():
-        kind = type(module).__name__
-        if kind.endswith("RMSNorm") and not isinstance(module, nn.RMSNorm):
-            if not hasattr(module, "variance_epsilon") and not hasattr(module, "_norm"):
-                raise ValueError(f"{name}: a {kind} without variance_epsilon isn't understood")
-            module.forward = MethodType(_rms_norm, module)
-        elif kind.endswith("RotaryEmbedding"):
-            module.forward = MethodType(_rotary, module)
-        elif kind.endswith("TopKRouter"):
-            module.forward = MethodType(_router, module)
-        elif kind.endswith("LayerNorm") and not isinstance(module, nn.LayerNorm):
-            raise ValueError(f"{name}: a {kind} isn't understood")
-    twin.loss_function = causal_lm_loss
+    _take_out_casts(twin, inside=False)
+    wrapped = twin.get_base_model() if hasattr(twin, "get_base_model") else twin
+    wrapped.loss_function = causal_lm_loss
+    _check_exact(twin)
     return twin
 
 
-def _rms_norm(self: Any, x: Tensor) -> Tensor:
-    if hasattr(self, "variance_epsilon"):
-        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * x * scale
-    return self._norm(x) * (1.0 + self.weight)  # Gemma's
+def _take_out_casts(module: nn.Module, inside: bool) -> None:
+    """Give transformers' parts of a layer forwards without casts. Attention modules get hooks: a
+    forward on the instance is what ``vs.stream`` refuses there. What holds one keeps its own."""
+    if _is_attention(module):
+        module.register_forward_pre_hook(_enter)
+        module.register_forward_hook(_leave, always_call=True)
+        inside = True
+    home = type(module).__module__.startswith("transformers.")
+    if home and not inside and not any(_is_attention(part) for part in module.modules()):
+        module.forward = MethodType(_without_casts, module)
+        inside = True
+    for child in module.children():
+        _take_out_casts(child, inside)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return any(kind.__name__.endswith("Attention") for kind in type(module).__mro__)
+
+
+def _without_casts(self: Any, *args: Any, **kwargs: Any) -> Any:
+    with _Float64():
+        return type(self).forward(self, *args, **kwargs)
+
+
+def _enter(*_: Any) -> None:
+    mode = _Float64()
+    mode.__enter__()
+    _entered.append(mode)
+
+
+def _leave(*_: Any) -> None:
+    _entered.pop().__exit__(None, None, None)
+
+
+_entered: list[TorchFunctionMode] = []
+
+
+class _Float64(TorchFunctionMode):
+    """Casts to lower dtypes become casts to float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _CASTS:
+            func = Tensor.double
+        kwargs = {name: _raised(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_raised, args), **kwargs)
+
+
+def _raised(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _LOWER else value
+
+
+# --- what is left ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def _rotary(
-    self: Any, x: Tensor, position_ids: Tensor, layer_type: str | None = None
-) -> tuple[Tensor, Tensor]:
-    prefix = "" if layer_type is None else f"{layer_type}_"
-    angles = position_ids[..., None].double() * getattr(self, f"{prefix}inv_freq").double()
-    angles = torch.cat((angles, angles), dim=-1)
-    scaling = getattr(self, f"{prefix}attention_scaling")
-    return angles.cos() * scaling, angles.sin() * scaling
+def _check_exact(twin: Any) -> None:
+    """Run two tokens and see whether anything in float64 is cast to less."""
+    running: list[str] = []
+
+    def enter(name: str) -> Any:
+        return lambda *_: running.append(name)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    handles = []
+    for name, module in twin.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(name or type(module).__name__)))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    device = next(twin.parameters()).device
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    watch = _Watch(running)
+    try:
+        with random_state_kept([device]), exact_routers(twin), watch:
+            twin(input_ids=ids, labels=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if watch.found is not None:
+        raise ValueError(
+            f"{watch.found} computes in a lower dtype by itself; its float64 twin isn't exact"
+        )
 
 
-def _router(self: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    logits = nn.functional.linear(hidden.reshape(-1, self.hidden_dim), self.weight)
-    scores, experts = logits.softmax(-1).topk(self.top_k, dim=-1)
-    if getattr(self, "norm_topk_prob", True):
-        scores = scores / scores.sum(-1, keepdim=True)
-    return logits, scores, experts
+class _Watch(TorchDispatchMode):
+    """Finds the first cast of a float64 tensor to a lower dtype, by the module that runs."""
+
+    def __init__(self, running: list[str]) -> None:
+        super().__init__()
+        self.running = running
+        self.found: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        cast = func is torch.ops.aten._to_copy.default and args[0].dtype == torch.float64
+        if cast and out.dtype in _LOWER and self.found is None:
+            self.found = self.running[-1] if self.running else "the model"
+        return out
 
 
 # --- attention ------------------------------------------------------------------------------------
@@ -93,9 +170,13 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    **_: Any,
+    s_aux: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Tensor, Tensor]:
     """The classes' eager attention without its cast."""
+    unknown = [n for n, x in others.items() if isinstance(x, Tensor) and n not in _HARMLESS]
+    if unknown:
+        raise ValueError(f"{type(module).__name__} uses {unknown[0]}, unknown to a float64 twin")
     groups = query.shape[1] // key.shape[1]
     key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -103,8 +184,12 @@ def _attention(
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = nn.functional.dropout(scores.softmax(-1), dropout, module.training)
-    return (weights @ value).transpose(1, 2), weights
+    if s_aux is not None:  # sinks (Hq,): one more column, without a value
+        sinks = s_aux.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1)[..., : key.shape[2]]
+    weights = nn.functional.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 # --- losses ---------------------------------------------------------------------------------------
@@ -160,3 +245,19 @@ def load_balancing_loss(
     chosen = nn.functional.one_hot(probabilities.topk(top_k, dim=-1).indices, num_experts).sum(2)
     shares, means = ((t * weight).sum((0, 1)) for t in (chosen, probabilities))
     return num_experts * (shares * means).sum()
+
+
+@contextmanager
+def exact_routers(model: Any) -> Iterator[None]:
+    """Within, models of this class have ``load_balancing_loss`` for their router loss."""
+    wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    home: Any = sys.modules[type(wrapped).__module__]
+    before = getattr(home, "load_balancing_loss_func", None)
+    if before is None:
+        yield
+        return
+    home.load_balancing_loss_func = load_balancing_loss
+    try:
+        yield
+    finally:
+        home.load_balancing_loss_func = before

@@ -15,7 +15,7 @@ from varstream._checks import check_float, check_int
 from varstream.streaming.huggingface import stream
 from varstream.streaming.structure import check_supported
 from varstream.testing.compare import relative_error
-from varstream.testing.float64 import float64_twin
+from varstream.testing.float64 import exact_routers, float64_twin
 from varstream.testing.shrink import describe_kept, describe_shrunk, shrink_config
 
 TOLERANCE = 1e-12
@@ -113,13 +113,15 @@ def verify(
 
     A small copy of the configuration (``shrink_config``) gets random weights and loses the float32
     casts of its classes (``float64_twin``). Its dense losses and gradients, packed documents run
-    one by one and padded batches as they are, stand against those of ``vs.stream`` over one packed
-    row of documents of 1 token, 2, primes and one long, and over the same documents padded left
-    and right; in chunks of 1, 7, 16 rows and of the whole row.
+    one by one (with a router loss, which sees all rows at once, together behind a mask) and padded
+    batches as they are, stand against those of ``vs.stream`` over one packed row of documents of
+    1 token, 2, primes and one long, and over the same documents padded left and right; in chunks of
+    1, 7, 16 rows and of the whole row.
 
     Args:
-        config: a Hugging Face configuration of a Llama, Qwen2 or Qwen3 model.
-        tokens: of the packed row, at least 32.
+        config: a Hugging Face configuration of a causal language model that ``vs.stream`` takes.
+        tokens: of the packed row, at least 32; no document may be longer than a model's table of
+            positions.
         chunk_size: rows of a layer's and the head's chunks; None for those above.
         seed: of weights and tokens.
         tolerance: the largest relative difference (Frobenius norms) that counts as exact.
@@ -142,14 +144,15 @@ def verify(
         torch.manual_seed(seed)
         model = _random_model(small)
         check_supported(model)
-        twin = float64_twin(model)
+        _check_positions(model, max(lengths))
+        twin = _twin(model)
         documents = [torch.randint(small.vocab_size, (n,)) for n in lengths]
     cases = list(_cases(tokens, chunk_size))
     forms = list(dict.fromkeys(case.form for case in cases))
     tell = progress or (lambda *_: None)
     steps = len(forms) + len(cases)
     references = {}
-    with torch.enable_grad():
+    with torch.enable_grad(), exact_routers(twin):
         for i, form in enumerate(forms):
             tell(f"dense, {form}", i, steps)
             references[form] = _dense(twin, form, documents)
@@ -207,7 +210,7 @@ def _random_model(config: Any) -> Any:
 
     try:
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float64, attn_implementation="sdpa"
+            config, dtype=torch.float64, attn_implementation="eager"
         )
     except Exception as error:  # an unknown activation or rotary type surfaces as any of many
         reason = f"{type(error).__name__}: {error}"
@@ -216,6 +219,21 @@ def _random_model(config: Any) -> Any:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model.eval()  # dropout would differ
+
+
+def _twin(model: Any) -> Any:
+    try:
+        return float64_twin(model)
+    except ValueError as error:
+        raise ConfigError(f"there is no exact copy of this model ({error})") from error
+
+
+def _check_positions(model: Any, longest: int) -> None:
+    """A table of positions has no row past its end."""
+    positions = getattr(model.config, "max_position_embeddings", None) or longest
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    if longest > positions and any(m.num_embeddings == positions for m in tables):
+        raise ConfigError(f"the model has {positions} positions, too few for {longest} tokens")
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -254,9 +272,9 @@ def _trained(documents: list[Tensor]) -> int:
 
 
 def _dense(twin: Any, form: str, documents: list[Tensor]) -> tuple[Tensor, Gradients]:
-    """The reference: packed documents one by one, with nothing between them; padded ones at
-    once."""
-    if form != "packed":
+    """The reference: packed documents one by one, with nothing between them; padded ones at once,
+    and all where the loss is more than a sum over tokens."""
+    if form != "packed" or getattr(twin.config, "output_router_logits", False):
         batches = [_batch(form, documents)]
     else:  # a document of one token predicts nothing
         batches = [_batch("packed", [document]) for document in documents if len(document) > 1]
