@@ -114,3 +114,19 @@ def test_packed_rows_that_are_tokens_already(qwen3, tmp_path):
         qwen3, lambda model: trl_trainer("SFT", model, tmp_path, changes, rows=rows)
     )
     assert_same(dense, streamed, FLOAT32_HEAD)
+
+
+def test_after_training(qwen3, tmp_path):
+    """TRL leaves its own forward around ours, which ``unstream`` won't throw away; a second trainer
+    takes the model as it is, and saved it is a plain one."""
+    model = vs.stream(copy.deepcopy(qwen3), chunk_size=CHUNK)
+    for name in ("SFT", "KTO"):
+        trainer = trl_trainer(name, model, tmp_path, {"max_steps": 1})
+        trainer.train()
+    with pytest.raises(ValueError, match="replaced after vs.stream"):
+        vs.unstream(model)
+    trainer.save_model(tmp_path / "saved")
+    plain = type(model).from_pretrained(tmp_path / "saved", dtype=torch.float64)
+    assert "forward" not in plain.__dict__
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
