@@ -6,10 +6,12 @@ import pickle
 
 import pytest
 import torch
-from models import loss_and_gradients, make_model, make_twin, packed_row
+import transformers
+from models import SIZES, loss_and_gradients, make_model, make_twin, packed_row
 from torch import nn
 
 import varstream as vs
+from varstream.integrations.transformers import fuse_head
 from varstream.streaming import UnsupportedModelError
 from varstream.testing import assert_exact, worst_gradient
 
@@ -316,6 +318,16 @@ UNSUPPORTED = {
         "LlamaDecoderLayer has 2 attention modules",
     ),
     "backbone": (swap("model.extra", nn.Identity()), "model.extra is a part"),
+    "beside": (swap("extra", nn.Identity()), "extra is a part that streaming"),
+    "two_lists": (swap("model.more", nn.ModuleList()), "model has 2 lists of layers and 1 norms"),
+    "two_norms": (swap("model.last", nn.LayerNorm(2)), "model has 1 lists of layers and 2 norms"),
+    "no_attention": (
+        swap(f"{LAYER}.self_attn", nn.Identity()),
+        "LlamaDecoderLayer has 0 attention modules",
+    ),
+    "model_class": (subclass(""), "the model is a mine.Mine"),
+    "model_forward": (instance_forward(""), "the model has a forward set on the instance"),
+    "fused_head": (fuse_head, "the model has a fused head; call unfuse_head first"),
 }
 
 
@@ -327,6 +339,40 @@ def test_unsupported_models_are_refused_untouched(change, message):
     with pytest.raises(UnsupportedModelError, match=message):
         vs.stream(model)
     assert {name: dict(m.__dict__) for name, m in model.named_modules()} == before
+
+
+ASKING = {
+    # A window that only its mask knows, sinks, attention of another kind, a mask taken apart
+    "Phimoe": ({"sliding_window": 5}, r"PhimoeAttention has a mask beside .* it names \(None\)"),
+    "GptOss": ({"head_dim": 8, "num_local_experts": 2}, "GptOssAttention uses s_aux"),
+    "MiniMax": (
+        {"layer_types": ["full_attention", "linear_attention"], "head_dim": 8},
+        "MiniMaxLightningAttention doesn't take its attention from transformers' registry",
+    ),
+    "Doge": ({}, "DogeModel can't be run on two tokens up to its attention"),
+}
+
+
+@pytest.mark.parametrize("family", ASKING)
+def test_what_layers_ask_of_their_attention(family):
+    """Found when the model is streamed, not when it is called."""
+    changes, message = ASKING[family]
+    config = getattr(transformers, f"{family}Config")
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = getattr(transformers, f"{family}ForCausalLM")(config(**SIZES | tokens | changes))
+    before = {name: dict(m.__dict__) for name, m in model.named_modules()}
+    state = torch.get_rng_state()
+    with pytest.raises(UnsupportedModelError, match=message):
+        vs.stream(model)
+    assert {name: dict(m.__dict__) for name, m in model.named_modules()} == before
+    assert model.config._attn_implementation != "varstream_probe"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_window_that_the_mask_alone_knows_may_be_off():
+    changes = {"sliding_window": None, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.PhimoeConfig(**SIZES | changes, num_local_experts=2)
+    vs.stream(transformers.PhimoeForCausalLM(config))
 
 
 def test_what_would_be_bypassed_is_refused_at_the_call_too():

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from varstream._checks import check_bool, check_int
 from varstream.planner.plan import check_chunk, check_optimizer
 from varstream.streaming.backbone import State, backbone_forward, layer_forward, norm_forward
 from varstream.streaming.forward import Forward
 from varstream.streaming.head import check_logits, model_forward
+from varstream.streaming.probe import check_attention
 from varstream.streaming.structure import STATE, Parts, check_supported, find_parts
 
 
@@ -25,6 +28,7 @@ def stream(
     memory_budget: int | None = None,
     *,
     optimizer: str = "adamw",
+    compile: bool | str = False,
 ) -> Any:
     """Make a Hugging Face causal language model stream its backward, in place.
 
@@ -58,6 +62,10 @@ def stream(
             as each call's tokens need. A backbone called alone is planned without the head. CPU
             only in this version.
         optimizer: whose states the budget counts: ``"adamw"``, ``"sgd"`` (no momentum), ``"none"``.
+        compile: run the layers' forwards on chunks through ``torch.compile``, two graphs a layer
+            class, before and after the attention; True for the backend ``"inductor"``, or the name
+            of another. What a chunk keeps for its backward is the compiler's choice then, and the
+            planner knows nothing of it.
 
     Returns:
         The same model.
@@ -81,10 +89,11 @@ def stream(
         )
     if memory_budget is not None:
         check_int("memory_budget", memory_budget, low=1)
-    state = State(chunk_size, head_chunk_size, memory_budget, optimizer)
+    state = State(chunk_size, head_chunk_size, memory_budget, optimizer, _compiler(compile))
     if _is_streamed(model):
         unstream(model)
     parts = check_supported(model)
+    check_attention(parts)
     check_logits(parts)
     for module in dict.fromkeys(parts.streamed):  # a layer may be there twice
         setattr(module, STATE, state)
@@ -116,6 +125,16 @@ def unstream(model: Any) -> Any:
 def _is_streamed(model: Any) -> bool:
     wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
     return STATE in getattr(wrapped, "__dict__", {}) and hasattr(wrapped, "base_model_prefix")
+
+
+def _compiler(wanted: bool | str) -> str | None:
+    """The backend of torch.compile."""
+    if isinstance(wanted, bool):
+        return "inductor" if wanted else None
+    known = torch.compiler.list_backends(exclude_tags=())
+    if wanted not in known:
+        raise ValueError(f"compile must be a bool or one of {', '.join(known)}, got {wanted!r}")
+    return wanted
 
 
 def _run(parts: Parts, module: Any) -> Any:
