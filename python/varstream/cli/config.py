@@ -54,12 +54,25 @@ def read_config(name: str) -> Any:
     from transformers import CONFIG_MAPPING
     from transformers.utils import logging
 
-    from varstream.testing.shrink import shrink_config
+    from varstream.testing.shrink import SIZES, shrink_config
 
     logging.set_verbosity_error()
     try:
         config = CONFIG_MAPPING[kind].from_dict(values)
+        if getattr(config, "text_config", None) is not None:
+            raise UserError(
+                f"{path} describes a {kind} of several parts, and vs.stream takes a language model "
+                f"alone; give the config.json of its {config.get_text_config().model_type}"
+            )
+        missing = [name for name in SIZES if getattr(config, name, None) is None]
+        if missing:
+            raise UserError(
+                f"{path}: a {kind} has no {missing[0]}, and vs.stream takes decoders of attention "
+                "layers; for a model of your own use vs.stream_layer"
+            )
         shrink_config(config)
+    except UserError:
+        raise
     except Exception as error:  # transformers checks its fields with errors of many types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UserError(f"{path} is no valid {kind} configuration ({reason}); mend it") from error

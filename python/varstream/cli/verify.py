@@ -55,10 +55,8 @@ def command(
                 tolerance=tolerance,
                 progress=advance,
             )
-    except UnsupportedModelError as error:
-        raise UserError(f"{config}: {error}") from None
-    except ConfigError as error:
-        raise UserError(f"{config}: {error}; mend it") from error
+    except (UnsupportedModelError, ConfigError) as error:
+        raise UserError(f"{config}: {error}") from error
     if as_json:
         print(json.dumps(report.as_json(), indent=2))
     else:

@@ -30,6 +30,8 @@ _RANKS = ("kv_lora_rank", "q_lora_rank")
 _LATENT_DIMS = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _BY_LAYER = ("layer_types", "_rope_layers", "_per_layer")  # ends of the names of such lists
 _DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers")
+_QUERY_NORMS = ("q_norm.", "q_layernorm.", "query_layernorm.")
+_FUSED = ("qkv", "c_attn", "query_key_value")  # projections of q, k and v in one
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -187,14 +189,15 @@ def describe_shrunk(config: Any, small: Any) -> dict[str, tuple[Any, Any]]:
 def describe_kept(small: Any, twin: Any) -> list[str]:
     """The architecture's features in words, read off the copy and its model ``twin``."""
     return [
-        *_attention_kept(small, [name for name, _ in twin.named_parameters()]),
+        *_attention_kept(small, twin),
         *_rotary_kept(small),
-        *_mlp_kept(small, twin),
-        *_scales_kept(small),
+        *_layer_kept(small, twin),
+        *_scales_kept(small, twin),
     ]
 
 
-def _attention_kept(small: Any, names: list[str]) -> list[str]:
+def _attention_kept(small: Any, twin: Any) -> list[str]:
+    names = [name for name, _ in twin.named_parameters()]
     heads = small.num_attention_heads
     group = heads // (getattr(small, "num_key_value_heads", None) or heads)
     if getattr(small, "multi_query", False):
@@ -206,11 +209,12 @@ def _attention_kept(small: Any, names: list[str]) -> list[str]:
     if "sliding_attention" in types or (not types and getattr(small, "sliding_window", None)):
         kept.append("sliding window" + (" in some layers" if len(set(types)) > 1 else ""))
     kept.append("tied embeddings" if small.tie_word_embeddings else "untied head")
-    biased = dict.fromkeys(n.split(".")[-2] for n in names if n.endswith("_proj.bias"))
-    kept += [f"{part} biases" for part in biased]
-    if any(n.endswith(("q_norm.weight", "q_layernorm.weight")) for n in names):
+    linear = [(n, m) for n, m in twin.named_modules() if "Norm" not in type(m).__name__]
+    biased = [n.split(".")[-1] for n, m in linear if getattr(m, "bias", None) is not None]
+    kept += [f"{part} biases" for part in dict.fromkeys(biased)]
+    if any(part in name for part in _QUERY_NORMS for name in names):
         kept.append("q and k norms")
-    if any(part in name for part in ("qkv", "c_attn", "query_key_value") for name in names):
+    if any(part in name for part in _FUSED for name in names):
         kept.append("q, k and v in one projection")
     return kept
 
@@ -232,8 +236,10 @@ def _rotary_kept(small: Any) -> list[str]:
     return [words]
 
 
-def _mlp_kept(small: Any, twin: Any) -> list[str]:
+def _layer_kept(small: Any, twin: Any) -> list[str]:
     kept = []
+    if any("post_feedforward_layernorm" in name for name, _ in twin.named_parameters()):
+        kept.append("norms after attention and MLP")
     experts = next((getattr(small, n) for n in _EXPERTS if getattr(small, n, None)), None)
     if experts and any(type(m).__name__.endswith("Experts") for m in twin.modules()):
         kept.append(f"{experts} experts, {small.num_experts_per_tok} a token")
@@ -242,8 +248,10 @@ def _mlp_kept(small: Any, twin: Any) -> list[str]:
     return kept
 
 
-def _scales_kept(small: Any) -> list[str]:
+def _scales_kept(small: Any, twin: Any) -> list[str]:
     kept = []
+    if hasattr(twin.get_input_embeddings(), "embed_scale"):
+        kept.append("embeddings scaled")
     for name, words in (
         ("attn_logit_softcapping", "softcap of scores"),
         ("final_logit_softcapping", "softcap of logits"),

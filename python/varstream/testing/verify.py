@@ -32,7 +32,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class ConfigError(ValueError):
-    """No model can be built of the configuration; the message says why."""
+    """Nothing can be said of the configuration's model; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ def verify(
     Raises:
         UnsupportedModelError: a ValueError naming the part of the model that ``vs.stream`` does
             not understand.
-        ConfigError: a ValueError: no model can be built of the configuration.
+        ConfigError: a ValueError: the configuration builds no model, or one with too few positions
+            or without an exact float64 copy.
         TypeError, ValueError: an argument breaks its contract.
     """
     check_int("tokens", tokens, low=sum(SHORT) + 2)
@@ -214,7 +215,9 @@ def _random_model(config: Any) -> Any:
         )
     except Exception as error:  # an unknown activation or rotary type surfaces as any of many
         reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"transformers builds no model of this config ({reason})") from error
+        raise ConfigError(
+            f"transformers builds no model of this config ({reason}); mend it"
+        ) from error
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -225,7 +228,7 @@ def _twin(model: Any) -> Any:
     try:
         return float64_twin(model)
     except ValueError as error:
-        raise ConfigError(f"there is no exact copy of this model ({error})") from error
+        raise ConfigError(f"this model has no exact copy to compare with: {error}") from error
 
 
 def _check_positions(model: Any, longest: int) -> None:
@@ -233,7 +236,7 @@ def _check_positions(model: Any, longest: int) -> None:
     positions = getattr(model.config, "max_position_embeddings", None) or longest
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     if longest > positions and any(m.num_embeddings == positions for m in tables):
-        raise ConfigError(f"the model has {positions} positions, too few for {longest} tokens")
+        raise ConfigError(f"the model has {positions} positions; give fewer tokens than {longest}")
 
 
 # --- batches --------------------------------------------------------------------------------------
