@@ -194,7 +194,7 @@ def test_torchs_varlen_operator_as_attention(monkeypatch):
     calls = []
 
     def stand_in(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
-        assert window_size == (-1, 0) and enable_gqa  # causal
+        assert window_size == (-1, 0) and enable_gqa and scale == 8**-0.5  # causal
         calls.append((query.shape, key.shape))
         maxima = {"max_seqlen_q": max_q, "max_seqlen_k": max_k}
         return vs.varlen_attention(
