@@ -14,9 +14,11 @@ from torch import Tensor
 from varstream._random_state import RandomState, random_state_kept
 from varstream.streaming.attend import Attend, AttendBackward, AttendProject, Keys, Projected
 from varstream.streaming.gradients import GradientSums
+from varstream.streaming.modes import Modes
 from varstream.streaming.schedule import DeviceChunk, Schedule
 
 # body(x (c, d), its chunk, attend) -> outputs (c, ...), y first. It acts row by row but for attend.
+# A module that it runs is its attribute ``layer``.
 Body = Callable[[Tensor, DeviceChunk, Attend], tuple[Tensor, ...]]
 
 
@@ -68,6 +70,7 @@ class _Streamed(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.work, ctx.params = work, params
         ctx.autocast = _autocast_state(x.device.type)
+        ctx.modes = Modes(getattr(work.body, "layer", None))
         ctx.save_for_backward(x, *params)  # params: so that autograd notices changes in place
         ctx.states = []
         keys, outputs = Keys(x.shape[0]), None
@@ -96,6 +99,7 @@ class _Streamed(torch.autograd.Function):
         keys = Keys(x.shape[0])
         with ExitStack() as stack:
             stack.enter_context(ctx.autocast())
+            stack.enter_context(ctx.modes.restored())
             stack.enter_context(random_state_kept([x.device]))
             if work.attends:
                 _project(work, x, chunks, keys)
@@ -112,7 +116,10 @@ class _Streamed(torch.autograd.Function):
 
 def _room(flow: Flow | None, x: Tensor, dy: Tensor | None) -> Tensor:
     """Where dx goes: over dy where the layer above gave it, else into memory of its own."""
-    if flow is None or dy is None or dy.data_ptr() != flow.address:
+    if flow is None or dy is None:
+        return torch.empty_like(x)
+    given, flow.address = flow.address, 0  # memory of a backward that failed may be another's now
+    if dy.data_ptr() != given:
         return torch.empty_like(x)
     same = (dy.shape, dy.dtype, dy.stride()) == (x.shape, x.dtype, x.stride())
     return dy if same and x.is_contiguous() and not x.is_meta else torch.empty_like(x)
