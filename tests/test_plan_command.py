@@ -55,6 +55,35 @@ def test_json_is_the_plan(folder, capsys):
     )
 
 
+def test_modes_and_devices_are_the_planners(folder, capsys):
+    args = ["--mode", "lora", "--lora-rank", 4, "--lora-targets", "q_proj,v_proj", "--json"]
+    assert plan(folder, *args, "--gpu", "4090", "--optimizer-dtype", "float32") == 0
+    printed = MemoryPlan(**json.loads(capsys.readouterr().out))
+    assert printed == plan_memory(
+        CONFIG,
+        3000,
+        mode="lora",
+        lora_rank=4,
+        lora_targets=["q_proj", "v_proj"],
+        gpu="4090",
+        optimizer_dtype=torch.float32,
+    )
+    assert (printed.budget_bytes, printed.device) == (24 * 10**9, "4090")
+    assert plan(folder, "--mode", "frozen", "--trained", "norm", "--device", "cuda", "--json") == 0
+    printed = MemoryPlan(**json.loads(capsys.readouterr().out))
+    assert printed == plan_memory(CONFIG, 3000, mode="frozen", trained="norm", device="cuda")
+
+
+def test_a_gpu_of_a_size(folder, capsys):
+    assert plan(folder, "--gpu", "80GB", "--mode", "lora", "--chunk-size", 128) == 0
+    text = capsys.readouterr().out
+    ours = plan_memory(CONFIG, 3000, gpu=80 * 10**9, mode="lora", chunk_size=128)
+    assert ours.below_knee and ours.below_knee in text
+    for words in ("CUDA context", "fragmentation", "predicted, not yet measured on a GPU"):
+        assert words in text
+    assert f"largest length: {ours.max_tokens:,}" in text
+
+
 def test_table(folder, capsys):
     assert plan(folder, "--budget", "20MiB") == 0
     text = capsys.readouterr().out
@@ -101,6 +130,15 @@ def test_more_tokens_than_the_model_has_positions(folder, capsys):
         (["--head-chunk-size", "x"], "--head-chunk-size must be auto or at least 1"),
         (["--chunk-size", "²"], "--chunk-size must be auto or at least 1"),
         (["--chunk-size", "9" * 5000], "--chunk-size must be auto or at least 1, got '9999"),
+        (["--mode", "dora"], "--mode must be one of full, lora, frozen, got 'dora'"),
+        (["--mode", "lora", "--lora-rank", "0"], "invalid value for '--lora-rank'"),
+        (["--mode", "lora", "--lora-targets", "c_attn"], "lora_targets names no linear layer"),
+        (["--mode", "lora", "--lora-targets", ","], "lora_targets must name something"),
+        (["--mode", "frozen", "--trained", "tail"], "trained names no parameter"),
+        (["--optimizer-dtype", "int8"], "--optimizer-dtype must be one of float64"),
+        (["--device", "tpu"], "--device must be one of cpu, cuda"),
+        (["--gpu", "voodoo2"], "--gpu must be a size such as 80GB or one of h200, h100"),
+        (["--gpu", "1kB"], "--gpu 1kB is too small: .* even one token needs"),
         (["--nope"], "no such option"),
     ],
 )
@@ -114,7 +152,7 @@ def test_bad_options(folder, args, message, capsys):
     [
         ("[1, 2]", "no model_type"),
         ("{", "is no JSON"),
-        ('{"model_type": "gpt2"}', "model type 'gpt2'"),
+        ('{"model_type": "t5"}', "no causal language model"),
         ('{"model_type": "llama", "hidden_size": "wide"}', "is no valid llama configuration"),
         ('{"model_type": "llama", "quantization_config": {"quant_method": "x"}}', "quantization"),
         ("[" * 100_000, "is no JSON"),

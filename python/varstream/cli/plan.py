@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from rich.console import Console
 from varstream.cli.config import WHERE, read_config
 from varstream.cli.errors import UserError
 from varstream.planner.choose import STATES_OF
+from varstream.planner.devices import GPUS, gpu_named
+from varstream.planner.modes import ALL_LINEAR, MODES
 from varstream.planner.plan import MemoryPlan, plan_memory
 from varstream.planner.shapes import ITEMSIZE
 
@@ -44,19 +47,37 @@ def command(
     optimizer: str = typer.Option("adamw", help=f"{', '.join(STATES_OF)}."),
     chunk_size: str = typer.Option("auto", help="Rows of a layer chunk."),
     head_chunk_size: str = typer.Option("auto", help="Rows of a chunk of logits."),
+    optimizer_dtype: str = typer.Option(
+        None, help="Of the optimizer's states.", show_default="each parameter's"
+    ),
+    mode: str = typer.Option(
+        "full", help="full; lora: adapters on a frozen model; frozen: only --trained."
+    ),
+    lora_rank: int = typer.Option(16, min=1, help="Rank of the adapters."),
+    lora_targets: str = typer.Option(
+        ALL_LINEAR, help="Linear layers with adapters, by ends of names, such as q_proj,v_proj."
+    ),
+    trained: str = typer.Option(
+        "lm_head", help="What --mode frozen trains, by parts of names, such as lm_head,norm."
+    ),
+    device: str = typer.Option("cpu", help="cpu or cuda."),
+    gpu: str = typer.Option(
+        None, help=f"A GPU in place of --device: its memory, such as 80GB, or {', '.join(GPUS)}."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print plain JSON instead of a table."),
 ) -> None:
-    """Predict a training step's peak memory on the CPU and choose chunks for a budget.
+    """Predict a training step's peak memory and choose chunks for a budget.
 
     The budget counts weights, gradients, optimizer states and what forward and backward allocate,
-    as vs.stream(memory_budget=...) does. The whole model is taken to be trained.
+    as vs.stream(memory_budget=...) does; with --gpu it is that GPU's memory where none is given.
     """
-    if dtype is not None and dtype not in ITEMSIZE:
-        raise UserError(f"--dtype must be one of {', '.join(ITEMSIZE)}, got {dtype!r}; choose one")
-    if optimizer not in STATES_OF:
-        names = ", ".join(STATES_OF)
-        raise UserError(f"--optimizer must be one of {names}, got {optimizer!r}; choose one")
+    _one_of("dtype", dtype, ITEMSIZE)
+    _one_of("optimizer-dtype", optimizer_dtype, ITEMSIZE)
+    _one_of("optimizer", optimizer, STATES_OF)
+    _one_of("mode", mode, MODES)
+    _one_of("device", device, ("cpu", "cuda"))
     bound = None if budget is None else parse_budget(budget)
+    on_gpu = None if gpu is None else parse_gpu(gpu)
     chunks = {"chunk_size": chunk_size, "head_chunk_size": head_chunk_size}
     options = {name: _rows(name, value) for name, value in chunks.items()}
     ours = read_config(config)
@@ -72,16 +93,51 @@ def command(
             longest=longest,
             dtype=None if dtype is None else getattr(torch, dtype),
             optimizer=optimizer,
+            optimizer_dtype=None if optimizer_dtype is None else getattr(torch, optimizer_dtype),
+            mode=mode,
+            lora_rank=lora_rank,
+            lora_targets=_names(lora_targets),
+            trained=_names(trained),
+            device=device,
+            gpu=on_gpu,
             **options,
         )
     except ValueError as error:
         raise UserError(f"{config}: {error}; mend it") from error
     if plan.max_tokens == 0:
-        raise UserError(f"--budget {budget} is too small: {plan.reason}")
+        given = f"--gpu {gpu}" if budget is None else f"--budget {budget}"
+        raise UserError(f"{given} is too small: {plan.reason}")
     if as_json:
         print(json.dumps(plan.as_json(), indent=2))
     else:
         show(plan)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _one_of(option: str, value: str | None, known: Iterable[str]) -> None:
+    if value is not None and value not in known:
+        names = ", ".join(known)
+        raise UserError(f"--{option} must be one of {names}, got {value!r}; choose one")
+
+
+def parse_gpu(text: str) -> str | int:
+    """A GPU's name, or the bytes of a size such as ``80GB``.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if gpu_named(text) is not None:
+        return text
+    match = _BUDGET.fullmatch(text.strip())
+    if match is None or match[2].lower() not in _UNITS:
+        names = ", ".join(GPUS)
+        raise UserError(
+            f"--gpu must be a size such as 80GB or one of {names}, got {text!r}; choose one"
+        )
+    return parse_budget(text)
 
 
 def parse_budget(text: str) -> int:

@@ -1,67 +1,78 @@
-"""What the planner knows of a model: sizes and which parameters are trained, no tensors."""
+"""What the planner knows of a model: sizes, which parameters are trained and what its layers
+allocate; no tensors."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from varstream.planner.knee import Product
+from varstream.planner.modes import ALL_LINEAR, add_adapters, train_parts
+from varstream.planner.trace import AttentionShape, Trace
+from varstream.planner.twins import Twin, parts_of
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_KV = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm")
 
 
-class LayerGradients(NamedTuple):
-    """Trained elements of one layer, by the moment its backward forms their gradients."""
+class Size(NamedTuple):
+    """Parameters: how many elements, how many bytes."""
 
-    kv: int  # k and v projections
-    attention: int  # q and o projections, norms
-    gate_up: int
-    down: int
+    elements: int = 0
+    bytes: int = 0
 
-    @property
-    def rest(self) -> int:
-        """What the chunk's backward forms; the rest of the layer is ``kv``."""
-        return self.attention + self.gate_up + self.down
+    def plus(self, other: Size) -> Size:
+        return Size(self.elements + other.elements, self.bytes + other.bytes)
 
-    @property
-    def all(self) -> int:
-        return self.kv + self.rest
+
+NOTHING = Size()
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A decoder layer, or the norm after the last one."""
+
+    trained: Size
+    trace: Trace
+    products: tuple[Product, ...] = ()
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """The projection to V classes."""
+
+    vocab: int
+    trained: Size  # 0 where frozen
+    tied: bool  # its weight is the embedding's
+    softcap: bool = False
+    rank: int = 0  # of a low-rank adapter, whose columns join the hidden states and the weight
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A causal language model of the Llama shape: ``d`` hidden, ``f`` intermediate, ``V`` classes.
-
-    Trained sizes are numbers of elements, 0 where a part is frozen.
-    """
+    """A causal language model of width ``d``; trained sizes are 0 where a part is frozen."""
 
     model_type: str
-    dtype: str  # a key of ITEMSIZE
+    dtype: str  # of what flows from layer to layer; a key of ITEMSIZE
     hidden: int  # d
-    intermediate: int  # f
-    heads: int  # Hq
-    kv_heads: int  # Hkv
-    head_dim: int  # D
-    vocab: int  # V; 0 when the head is no part of the job
-    qk_norm: bool
-    tied: bool
-    window: int | None  # widest sliding window of a layer
-    full_attention: bool  # some layer has no window
     max_length: int  # the positions the model was made for
-    weights: int  # elements of all parameters
-    trained: int  # elements of all trained parameters
-    largest: int  # elements of the largest trained parameter
-    embedding: int  # trained elements, and so below
-    norm: int
-    head: int
-    layers: tuple[LayerGradients, ...]
+    weights: Size  # all parameters
+    trained: Size
+    largest: Size  # the trained parameter with the most bytes
+    embedding: Size  # trained, with everything else before the layers
+    layers: tuple[LayerShape, ...]
+    norm: LayerShape | None
+    head: HeadShape | None  # None where the head is no part of the job
+    row_bytes: float  # a token: rotary tables and what else the backbone keeps beside the layers
     input_gradient: bool = False  # what the layers are given needs a gradient, trained or not
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a weight or activation."""
+        """Bytes of an activation."""
         return ITEMSIZE[self.dtype]
 
     @property
@@ -70,12 +81,20 @@ class ModelShape:
         return max(4, self.itemsize)
 
     @property
-    def q_width(self) -> int:
-        return self.heads * self.head_dim
+    def vocab(self) -> int:
+        return 0 if self.head is None else self.head.vocab
 
     @property
-    def kv_width(self) -> int:
-        return self.kv_heads * self.head_dim
+    def norm_trained(self) -> Size:
+        return NOTHING if self.norm is None else self.norm.trained
+
+    @property
+    def head_trained(self) -> Size:
+        return NOTHING if self.head is None else self.head.trained
+
+    @property
+    def tied(self) -> bool:
+        return self.head is not None and self.head.tied
 
     @property
     def first(self) -> int:
@@ -83,103 +102,156 @@ class ModelShape:
 
         Below it nothing is trained, so autograd records nothing.
         """
-        if self.embedding or self.input_gradient:
+        if self.embedding.elements or self.input_gradient:
             return 0
         for index, layer in enumerate(self.layers):
-            if layer.all:
+            if layer.trained.elements:
                 return index
-        return len(self.layers) if self.norm else len(self.layers) + 1
+        return len(self.layers) if self.norm_trained.elements else len(self.layers) + 1
+
+    @property
+    def attention(self) -> AttentionShape | None:
+        """Of the first layer."""
+        return self.layers[0].trace.attention if self.layers else None
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """The matrices of all layers, each kind once."""
+        return tuple(dict.fromkeys(p for layer in self.layers for p in layer.products))
+
+
+# --- from models ----------------------------------------------------------------------------------
 
 
 def describe(model: Any, *, head: bool = True) -> ModelShape:
     """Describe a causal language model that ``vs.stream`` understands.
 
     Args:
-        model: the model, on any device; only shapes are read.
+        model: the model or PEFT's wrapper of one, on any device; only shapes are read.
         head: whether the head is part of the job; a backbone called alone has none.
 
     Raises:
         UnsupportedModelError: the model has a part that streaming doesn't understand.
     """
     # Here, not above: streaming imports the planner.
-    from varstream.streaming.structure import check_supported
+    from varstream.streaming.structure import check_supported, find_parts
 
-    if not hasattr(model, "_varstream"):  # a streamed one was checked then
-        check_supported(model)
-    return describe_parts(model.model, model.lm_head if head else None)
+    streamed = hasattr(find_parts(model).model, "_varstream")  # and was checked then
+    parts = find_parts(model) if streamed else check_supported(model)
+    return describe_parts(parts.backbone, parts.head if head else None)
 
 
-def describe_parts(backbone: Any, lm_head: Any) -> ModelShape:
-    """``describe`` for parts that have been checked."""
-    config = backbone.config
-    layers = list(backbone.layers)[: config.num_hidden_layers]
-    parts = [backbone] if lm_head is None else [backbone, lm_head]
-    params = {id(p): p for part in parts for p in part.parameters()}.values()
-    trained = [p.numel() for p in params if p.requires_grad]
-    weight = None if lm_head is None else lm_head.weight
-    windows = [getattr(layer.self_attn, "sliding_window", None) for layer in layers]
-    attention = layers[0].self_attn if layers else None
+def describe_parts(backbone: Any, head: Any) -> ModelShape:
+    """``describe`` for parts that have been checked; ``head`` is None where it is no part of the
+    job.
+
+    Raises:
+        UntraceableError: a ValueError; what a layer does depends on values, not on shapes alone.
+    """
+    layers, norm = parts_of(backbone)
+    whole = [part for part in (backbone, head) if part is not None]
+    params = list({id(p): p for part in whole for p in part.parameters()}.values())
+    inner = {id(p) for module in [*layers, norm] if module is not None for p in module.parameters()}
+    outer = [p for p in backbone.parameters() if id(p) not in inner]
+    twin, config = Twin(backbone), backbone.config
+    sizes = (_size([p]) for p in params if p.requires_grad)
     return ModelShape(
         model_type=config.model_type,
-        dtype=str(next(iter(params)).dtype).removeprefix("torch."),
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(attention, "head_dim", config.hidden_size // config.num_attention_heads),
-        vocab=0 if weight is None else weight.shape[0],
-        qk_norm=hasattr(attention, "q_norm"),
-        tied=weight is not None and weight is backbone.embed_tokens.weight,
-        window=max((w for w in windows if w), default=None),
-        full_attention=not all(windows),
+        dtype=str(twin.dtype).removeprefix("torch."),
+        hidden=twin.width,
         max_length=config.max_position_embeddings,
-        weights=sum(p.numel() for p in params),
-        trained=sum(trained),
-        largest=max(trained, default=0),
-        embedding=_trained(backbone.embed_tokens),
-        norm=_trained(backbone.norm),
-        head=0 if lm_head is None else _trained(lm_head),
-        layers=tuple(_layer(layer) for layer in layers),
+        weights=_size(params),
+        trained=_trained(params),
+        largest=max(sizes, key=lambda size: size.bytes, default=NOTHING),
+        embedding=_trained(outer),
+        layers=tuple(
+            LayerShape(_trained(layer.parameters()), twin.trace_layer(i), _products(layer, config))
+            for i, layer in enumerate(layers)
+        ),
+        norm=None if norm is None else LayerShape(_trained(norm.parameters()), twin.trace_norm()),
+        head=None if head is None else _head(head, backbone),
+        row_bytes=twin.row_bytes,
     )
 
 
-def _trained(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+def _size(params: Iterable[Tensor]) -> Size:
+    listed = list(params)
+    return Size(sum(p.numel() for p in listed), sum(p.numel() * p.element_size() for p in listed))
 
 
-def _layer(layer: nn.Module) -> LayerGradients:
-    kv = attention = gate_up = down = 0
-    for name, parameter in layer.named_parameters():
-        size = parameter.numel() if parameter.requires_grad else 0
-        if name.startswith(_KV):
-            kv += size
-        elif name.startswith("mlp.down_proj"):
-            down += size
-        elif name.startswith("mlp."):
-            gate_up += size
-        else:
-            attention += size
-    return LayerGradients(kv, attention, gate_up, down)
+def _trained(params: Iterable[Tensor]) -> Size:
+    return _size(p for p in params if p.requires_grad)
 
 
-def describe_config(config: Any, dtype: torch.dtype | None = None) -> ModelShape:
-    """Describe the model that a Hugging Face config makes, all of it trained.
+def _head(head: Any, backbone: Any) -> HeadShape:
+    weight = getattr(head, "base_layer", head).weight
+    lowered = getattr(head, "lora_A", None)
+    adapters: list[Any] = [] if lowered is None else [lowered]
+    if isinstance(lowered, nn.ModuleDict):  # PEFT's, by the adapters' names
+        adapters = [lowered[name] for name in head.active_adapters]
+    return HeadShape(
+        vocab=weight.shape[0],
+        trained=_trained(head.parameters()),
+        tied=weight is backbone.get_input_embeddings().weight,
+        softcap=bool(getattr(backbone.config, "final_logit_softcapping", None)),
+        rank=sum(adapter.weight.shape[0] for adapter in adapters),
+    )
+
+
+def _products(layer: nn.Module, config: Any) -> tuple[Product, ...]:
+    """The layer's matrices, each kind once; of stacked experts (E, m, k) one, and the rows it
+    meets."""
+    found = []
+    for weight in layer.parameters():
+        share = 1.0
+        if weight.dim() == 3:
+            share = min(1.0, getattr(config, "num_experts_per_tok", 1) / weight.shape[0])
+        elif weight.dim() != 2 or 1 in weight.shape:
+            continue
+        k, m = weight.shape[-2:]
+        found.append(Product(k, m, weight.element_size(), weight.requires_grad, share))
+    return tuple(dict.fromkeys(found))
+
+
+# --- from configs ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What of a config's model is trained: ``"full"``, all; ``"lora"``, adapters of ``rank`` on the
+    linear layers that ``targets`` names; ``"frozen"``, parameters whose names contain one of
+    ``parts``."""
+
+    name: str = "full"
+    rank: int = 16
+    targets: str | Sequence[str] = ALL_LINEAR
+    adapter_dtype: torch.dtype = torch.float32
+    parts: Sequence[str] = ("lm_head",)
+
+    def apply(self, model: Any) -> None:
+        if self.name == "lora":
+            head = model.get_output_embeddings()
+            add_adapters(model, head, self.rank, self.targets, self.adapter_dtype)
+        elif self.name == "frozen":
+            train_parts(model, self.parts)
+
+
+def describe_config(
+    config: Any, dtype: torch.dtype | None = None, mode: Mode | None = None
+) -> ModelShape:
+    """Describe the model that a Hugging Face config makes.
 
     The model is built on the meta device: shapes only, no memory.
 
     Raises:
-        ValueError: the config makes no model, or one that streaming doesn't understand.
+        ValueError: the config makes no model, or one that streaming doesn't understand, or the mode
+            names what isn't there.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from varstream.streaming.structure import UnsupportedModelError
+    from varstream.streaming.structure import UnsupportedModelError, check_supported
 
     kind = getattr(config, "model_type", None)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UnsupportedModelError(
-            f"model type {kind!r} is no causal language model of transformers"
-        )
     if getattr(config, "quantization_config", None):
         raise UnsupportedModelError(
             "config.quantization_config is set; vs.stream trains plain weights only"
@@ -187,8 +259,12 @@ def describe_config(config: Any, dtype: torch.dtype | None = None) -> ModelShape
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
     except Exception as error:  # whatever a constructor does with sizes that make no sense
         text = " ".join(str(error).split())[:200]
         raise ValueError(f"the config makes no {kind} model: {text}") from error
-    return describe(model)
+    parts = check_supported(model)
+    (mode or Mode()).apply(model)
+    model.train()
+    head = model.get_output_embeddings()  # an adapter may have taken its place
+    return describe_parts(parts.backbone, head)
