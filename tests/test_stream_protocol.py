@@ -159,6 +159,22 @@ def test_torch_compile_leaves_the_chunk_loop_alone():
         assert error <= 1e-12, f"{name}: {error:.2e}"
 
 
+def test_compiled_layers_are_as_exact():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    twin, inputs = make_twin(), packed_row([7, 4])
+    streamed = vs.stream(copy.deepcopy(twin), chunk_size=6, compile="eager")
+    _, grads = loss_and_gradients(vs.stream(twin, chunk_size=6), **inputs)
+    _, got = loss_and_gradients(streamed, **inputs)
+    name, error = worst_gradient(got.items(), grads)
+    assert error <= 1e-12, f"{name}: {error:.2e}"
+    assert counters["stats"]["unique_graphs"] > 0
+    with pytest.raises(ValueError, match="compile must be a bool or one of"):
+        vs.stream(twin, compile="no such backend")
+
+
 def test_all_labels_ignored_gives_zero():
     model = vs.stream(make_model(), chunk_size=4)
     inputs = packed_row([5, 6])

@@ -52,6 +52,7 @@ class State:
     head_chunk_size: int | str
     memory_budget: int | None
     optimizer: str
+    compiler: str | None
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def backbone_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
     chunk, head_chunk = _plan(backbone, caller, rows, embeds)
     lengths = rows.lengths if rows.total else [0, 1]  # one row that nobody sees, see _packed
     device = rows.positions.device
-    call = StreamCall(Schedule.make(lengths, chunk, device), lengths[-1], rows.gaps, routers)
+    schedule, compiler = Schedule.make(lengths, chunk, device), getattr(backbone, STATE).compiler
+    call = StreamCall(schedule, lengths[-1], rows.gaps, routers, compiler)
     inputs = _packed(rows, tokens, embeds)
     if routers is not None:  # ours to record: transformers would keep every chunk's
         inputs["output_router_logits"] = False

@@ -62,10 +62,10 @@ def stream(
             as each call's tokens need. A backbone called alone is planned without the head. CPU
             only in this version.
         optimizer: whose states the budget counts: ``"adamw"``, ``"sgd"`` (no momentum), ``"none"``.
-        compile: run the layers' forwards on chunks through ``torch.compile``, two graphs a layer
-            class, before and after the attention; True for the backend ``"inductor"``, or the name
-            of another. What a chunk keeps for its backward is the compiler's choice then, and the
-            planner knows nothing of it.
+        compile: run the layers' forwards on chunks through ``torch.compile``, in graphs before and
+            after the attention; True for the backend ``"inductor"``, or the name of another. What a
+            chunk keeps for its backward is the compiler's choice then, and the planner knows
+            nothing of it.
 
     Returns:
         The same model.

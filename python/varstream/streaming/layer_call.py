@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from varstream.streaming.attend import Attend
@@ -30,6 +32,7 @@ class StreamCall:
     total: int  # n
     gaps: bool  # some document has masked positions between its real ones
     routers: tuple[type, int] | None = None  # wanted: a router's class, its logits' place
+    compiler: str | None = None  # torch.compile's backend for the layers, None: not compiled
     flow: Flow = field(default_factory=Flow)
     output: Tensor | None = None  # (1, n, d) of the streamed layer that ran last
     exposed: bool = True  # others may hold it, who could ask for its gradient
@@ -39,6 +42,7 @@ class StreamCall:
         held of the graph would never be freed."""
         logits, self.router_logits, self.output = self.router_logits, [], None
         return logits
+
     router_logits: list[Tensor] = field(default_factory=list)  # (n, experts) of each MoE layer
 
 
@@ -75,10 +79,12 @@ class LayerBody:
         with ExitStack() as stack:
             stack.enter_context(_attending(self.attention, slot))
             stack.enter_context(_not_checkpointing(layer))
-            if attend.projects:
+            if attend.projects and call.compiler is None:
                 stack.enter_context(_without_queries(self.attention))
             logits = stack.enter_context(recorded(layer, call.routers))
-            y = type(layer).forward(layer, x[None], *args, **kwargs)
+            kind: Any = type(layer)
+            forward = _own_forward(kind, call.compiler)
+            y = forward(layer, x[None], *args, **kwargs)
         if isinstance(y, tuple) and len(y) == 1:
             self.in_tuple, (y,) = True, y
         if slot.calls != 1 or not isinstance(y, Tensor) or y.shape != (1, *x.shape):
@@ -88,6 +94,14 @@ class LayerBody:
                 f"streaming understands one call and a tensor of shape {(1, *x.shape)}"
             )
         return y[0], *logits
+
+
+@lru_cache(maxsize=64)
+def _own_forward(kind: Any, compiler: str | None) -> Any:
+    """A layer class's own forward, compiled on demand in graphs before and after the attention."""
+    if compiler is None:
+        return kind.forward
+    return torch.compile(kind.forward, backend=compiler, dynamic=True)
 
 
 def _rows_of(name: str, value: Any, chunk: DeviceChunk, total: int) -> Any:
@@ -181,6 +195,7 @@ def _noticed(module: nn.Module) -> bool:
     )
 
 
+@torch._disable_dynamo  # a compiled layer ends here and begins anew behind
 def _attention(
     module: nn.Module,
     query: Tensor,
