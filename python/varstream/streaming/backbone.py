@@ -23,6 +23,7 @@ from varstream.streaming.layer_call import (
     in_call,
     register,
     seen,
+    sees_input,
     trained,
 )
 from varstream.streaming.recompute import Body, run_streamed
@@ -99,7 +100,7 @@ def _run(
     call: StreamCall, module: Any, body: Body, x: Tensor, attends: bool = True
 ) -> tuple[Tensor, ...]:
     """Stream the body over x (1, n, d); y comes as (1, n, d) too."""
-    gives = x is call.output and not call.exposed
+    gives = x is call.output and not call.exposed and not sees_input(module)
     params = trained(module)
     y, *rest = run_streamed(body, x.squeeze(0), call.schedule, params, attends, call.flow, gives)
     call.output, call.exposed = y[None], seen(module)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from varstream.streaming.attend import Attend
+from varstream.streaming.forward import Forward
 from varstream.streaming.recompute import Flow
 from varstream.streaming.routers import recorded
 from varstream.streaming.schedule import DeviceChunk, Schedule
@@ -259,7 +260,19 @@ def seen(module: nn.Module) -> bool:
         or everywhere._global_forward_hooks
         or everywhere._global_backward_hooks
         or everywhere._global_backward_pre_hooks
+        or _wrapped(module)
     )
+
+
+def sees_input(module: nn.Module) -> bool:
+    """The same of its input."""
+    pre_hooks = module._forward_pre_hooks or nn.modules.module._global_forward_pre_hooks
+    return bool(pre_hooks or _wrapped(module))
+
+
+def _wrapped(module: nn.Module) -> bool:
+    """Whether a streamed module's forward was wrapped afterwards."""
+    return not isinstance(module.__dict__.get("forward"), Forward)
 
 
 def trained(module: nn.Module) -> list[Tensor]:
