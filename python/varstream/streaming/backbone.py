@@ -11,9 +11,12 @@ from torch import Tensor
 
 from varstream._checks import FLOATING, INTEGERS, check_tensor
 from varstream.planner.choose import Job, choose
+from varstream.planner.devices import device_of
+from varstream.planner.knee import warn_once
 from varstream.planner.memory import Step
 from varstream.planner.plan import require_fit
 from varstream.planner.shapes import describe_parts
+from varstream.planner.trace import UntraceableError
 from varstream.streaming.forward import Forward
 from varstream.streaming.layer_call import (
     LayerBody,
@@ -238,13 +241,14 @@ def _plan(backbone: Any, model: Any, rows: Rows, embeds: Tensor | None) -> tuple
     head_rows = None
     if isinstance(state.head_chunk_size, int):
         head_rows = min(state.head_chunk_size, max(1, rows.total))  # the operator takes an int64
-    if state.memory_budget is None and (state.chunk_size != "auto" or device.type != "cpu"):
+    if state.memory_budget is None and (state.chunk_size != "auto" or device.type == "meta"):
         return resolve_chunk_size(state.chunk_size, device), head_rows
-    if device.type != "cpu":
-        raise ValueError(
-            f"memory_budget must be None on {device}: this version predicts CPU memory only"
-        )
-    shape = describe_parts(backbone, None if model is None else model.get_output_embeddings())
+    try:
+        shape = describe_parts(backbone, None if model is None else model.get_output_embeddings())
+    except UntraceableError:
+        if state.memory_budget is not None:
+            raise
+        return resolve_chunk_size(state.chunk_size, device), head_rows
     if embeds is not None and embeds.requires_grad:
         shape = replace(shape, input_gradient=True)
     longest = max((b - a for a, b in zip(rows.lengths, rows.lengths[1:], strict=False)), default=0)
@@ -254,9 +258,11 @@ def _plan(backbone: Any, model: Any, rows: Rows, embeds: Tensor | None) -> tuple
         torch.get_num_threads(),
         accumulate=any(p.grad is not None for p in (model or backbone).parameters()),
         padded=0 if rows.indices is None else rows.batch * rows.seqlen,
+        device=device_of(device),
     )
     job = Job(
         shape, step, state.optimizer, state.chunk_size, state.head_chunk_size, state.memory_budget
     )
     choice = choose(job) if job.budget is None else require_fit(job)
+    warn_once(choice.below_knee)
     return choice.chunk, head_rows or (choice.head_chunk if shape.vocab else None)

@@ -54,13 +54,14 @@ def stream(
             wrapper of one with LoRA adapters.
         chunk_size: rows of a layer chunk, or ``"auto"``, planned for each call from its real
             tokens: on the CPU 1024, up to 4096 where more rows cost little memory; on CUDA 4096.
+            One chosen below the roofline knee is warned of once.
         head_chunk_size: rows of a chunk of logits, or ``"auto"``.
         offload: keeping layer inputs in host memory; must be False. On the CPU they are there
             already, on a GPU it is not available in this version.
         memory_budget: bytes that the whole job may take, as in ``vs.plan_memory``: weights,
             gradients, optimizer states and the step. Chunks left ``"auto"`` are then made as small
-            as each call's tokens need. A backbone called alone is planned without the head. CPU
-            only in this version.
+            as each call's tokens need. A backbone called alone is planned without the head. On a
+            GPU the plan is a model that has not been measured yet.
         optimizer: whose states the budget counts: ``"adamw"``, ``"sgd"`` (no momentum), ``"none"``.
         compile: run the layers' forwards on chunks through ``torch.compile``, in graphs before and
             after the attention; True for the backend ``"inductor"``, or the name of another. What a
