@@ -296,6 +296,16 @@ def test_a_layer_that_is_there_twice():
     assert "forward" not in streamed.model.layers[0].__dict__
 
 
+def test_projections_clipped_in_place():
+    config = transformers.OlmoConfig(**SIZES, clip_qkv=0.1, pad_token_id=0)
+    dense = transformers.OlmoForCausalLM(config).double()
+    row = packed_row(LENGTHS)
+    _, want = loss_and_gradients(dense, **row, use_cache=False)
+    _, got = loss_and_gradients(vs.stream(copy.deepcopy(dense), chunk_size=7), **row)
+    name, error = worst_gradient(got.items(), want)
+    assert error <= 1e-6, f"{name}: {error:.2e}"  # its rotary tables are in float32
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_inside_a_checkpoint(reentrant):
     from torch.utils.checkpoint import checkpoint

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import DOCUMENTS, cu_seqlens
 from kernels_only import kernels_only
-from models import VOCAB, loss_and_gradients, make_model, packed_row
+from models import FAMILIES, VOCAB, loss_and_gradients, make_model, packed_row
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import varstream as vs
@@ -43,9 +43,10 @@ def padded_batch():
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def compare(operators, family, inputs, **options):
+def compare(operators, family, inputs, ratio=2.0, **options):
     """A streamed bfloat16 model against the dense one in bfloat16 and in float64."""
     model = make_model(family).bfloat16()
+    decide(model)
     exact, exact_grads = loss_and_gradients(float64_twin(model), **inputs, use_cache=False)
     plain, plain_grads = loss_and_gradients(copy.deepcopy(model), **inputs, use_cache=False)
     streamed = vs.stream(model, **options)
@@ -60,8 +61,17 @@ def compare(operators, family, inputs, **options):
         assert parameter.grad.dtype == torch.bfloat16
         # A bias has few values and theirs may round luckily: over 28 models 1 of 770 gradients, a
         # v_proj.bias, was beyond 2; half of them are within 1.03.
-        ratio = 3.0 if name.endswith(".bias") else 2.0
-        assert_error_ratio(parameter.grad, plain_grads[name], exact_grads[name], ratio, name)
+        allowed = 3.0 if name.endswith(".bias") else ratio
+        assert_error_ratio(parameter.grad, plain_grads[name], exact_grads[name], allowed, name)
+
+
+@torch.no_grad()
+def decide(model):
+    """Routers that rounding doesn't make choose other experts; the balancing loss is left out."""
+    model.config.output_router_logits = False
+    for name, parameter in model.named_parameters():
+        if name.endswith("gate.weight"):
+            parameter.mul_(32.0)
 
 
 @pytest.mark.emulated
@@ -70,6 +80,18 @@ def compare(operators, family, inputs, **options):
 def test_models(operators, family, form):
     inputs = packed_row(LENGTHS) if form == "packed" else padded_batch()
     compare(operators, family, inputs, chunk_size=7)
+
+
+OTHERS = {"gemma2": 3.0}  # softcap
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(
+    "family", ["mistral", "gemma2", "gemma3", "phi3", "gpt2", "mixtral", "qwen3_moe"]
+)
+def test_other_families(operators, family):
+    """Windows, softcaps, fused and biased projections, experts; past a tile of 64 rows."""
+    compare(operators, family, packed_row([70, 1, 25]), OTHERS.get(family, 2.0), chunk_size=40)
 
 
 @pytest.mark.emulated
@@ -211,15 +233,22 @@ def test_meta_tensors_show_what_reads_values():
     assert vs.varlen_attention(q, q, q, cu, max_seqlen_q=5).shape == q.shape
 
 
-@pytest.mark.parametrize("chunk_size", [7, 1000])
-def test_a_streamed_step_reads_no_value_once_lengths_are_known(monkeypatch, chunk_size):
+STEPS = [("qwen2_window", 7), ("qwen2_window", 1000)] + [
+    (family, 64)
+    for family in FAMILIES
+    if family not in ("llama_mha", "llama_tied_bias", "llama3_rope", "qwen2", "qwen3_mqa")
+]
+
+
+@pytest.mark.parametrize(("family", "chunk_size"), STEPS)
+def test_a_streamed_step_reads_no_value_once_lengths_are_known(monkeypatch, family, chunk_size):
     """Embeddings, layers, head and their backward: as on CUDA, where a read waits for the device.
 
     Only the packing of a batch looks at values, which this test leaves out.
     """
     rows = rows_of(LENGTHS)
     monkeypatch.setattr(backbone, "_rows", lambda given: (given["input_ids"], None, rows))
-    model = vs.stream(make_model("qwen2_window").bfloat16().to("meta"), chunk_size=chunk_size)
+    model = vs.stream(make_model(family).bfloat16().to("meta"), chunk_size=chunk_size)
     ids = torch.empty(1, sum(LENGTHS), dtype=torch.int64, device="meta")
     loss = model(input_ids=ids, labels=ids, num_items_in_batch=130).loss
     loss.backward()

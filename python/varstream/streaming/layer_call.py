@@ -181,7 +181,7 @@ def _without_queries(attention: Any) -> Iterator[None]:
     norm = getattr(getattr(attention, "q_norm", None), "weight", None)
     if norm is not None:
         width = norm.numel()  # a head's, or of all heads together
-    q_proj.forward = lambda x: x.new_zeros(()).expand(*x.shape[:-1], width)
+    q_proj.forward = lambda x: x.new_zeros(*x.shape[:-1], width)  # some clip it in place
     try:
         yield
     finally:
