@@ -41,7 +41,6 @@ def llama(tmp_path_factory):
         {"gradient_checkpointing": True},
         {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1},
         {"label_smoothing_factor": 0.1},
-        {"include_num_input_tokens_seen": "non_padding"},
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -108,11 +107,10 @@ def test_checkpoints_resume(llama, tmp_path):
         assert_exact(parameter, want.weights[name], 1e-10, name)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_bf16_autocast(checkpointing, tmp_path):
+def test_bf16_autocast(tmp_path):
     """Under ``bf16=True`` gradients are as near to float64 ones as the unstreamed trainer's."""
     plain = make_model("qwen3", **IDS)
-    mixed = {"bf16": True, "gradient_checkpointing": checkpointing}
+    mixed = {"bf16": True, "gradient_checkpointing": True}
     exact = train(float64_twin(plain), lambda model: huggingface(model, tmp_path, {}))
     dense, streamed = both(plain, lambda model: huggingface(model, tmp_path, mixed))
     assert sum(streamed.rows) == streamed.real == dense.real

@@ -19,6 +19,7 @@ from trainer_cases import (
     saved,
     saved_twin,
     train,
+    trl_rows,
     trl_trainer,
 )
 
@@ -75,8 +76,8 @@ def test_trls_defaults_are_bf16(name, tmp_path):
     """TRL trains in bfloat16 autocast unless told not to: gradients are as near to float64 ones as
     the unstreamed trainer's."""
     plain = saved(make_model("qwen3", **IDS), tmp_path / "model")
-    exact = train(float64_twin(plain), lambda model: trl_trainer(name, model, tmp_path, {}))
-    mixed = {"bf16": None, "max_steps": 1}
+    one, mixed = {"max_steps": 1}, {"max_steps": 1, "bf16": None}
+    exact = train(float64_twin(plain), lambda model: trl_trainer(name, model, tmp_path, one))
     dense, streamed = both(plain, lambda model: trl_trainer(name, model, tmp_path, mixed))
     assert max(streamed.rows) <= CHUNK and sum(streamed.rows) == streamed.real == dense.real
     worst = [worst_gradient(run.gradients.items(), exact.gradients) for run in (dense, streamed)]
@@ -87,13 +88,15 @@ def test_trls_defaults_are_bf16(name, tmp_path):
 def test_a_streamed_reference_model(qwen3, tmp_path):
     """DPO against another model, streamed too: without gradients its own forward runs."""
     torch.manual_seed(1)
+    from datasets import Dataset
+
     other = saved_twin(tmp_path / "other", "qwen3")
     changes = {"eval_strategy": "steps", "eval_steps": 1}
+    evaluation = Dataset.from_list(trl_rows("DPO"))
 
     def run(change):
         def make(model):
             reference = change(copy.deepcopy(other))
-            evaluation = trl_trainer("DPO", model, tmp_path, {}).train_dataset
             return trl_trainer(
                 "DPO", model, tmp_path, changes, ref_model=reference, eval_dataset=evaluation
             )
