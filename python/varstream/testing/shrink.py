@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from varstream._checks import check_int
 
 LAYERS, KV_HEADS, HEAD_DIM, WIDTH, VOCABULARY, WINDOW = 2, 2, 16, 128, 61, 5
@@ -209,8 +211,12 @@ def _attention_kept(small: Any, twin: Any) -> list[str]:
     if "sliding_attention" in types or (not types and getattr(small, "sliding_window", None)):
         kept.append("sliding window" + (" in some layers" if len(set(types)) > 1 else ""))
     kept.append("tied embeddings" if small.tie_word_embeddings else "untied head")
-    linear = [(n, m) for n, m in twin.named_modules() if "Norm" not in type(m).__name__]
-    biased = [n.split(".")[-1] for n, m in linear if getattr(m, "bias", None) is not None]
+    biased = [
+        name.split(".")[-1]
+        for name, module in twin.named_modules()
+        if isinstance(getattr(module, "bias", None), nn.Parameter)
+        and "Norm" not in type(module).__name__
+    ]
     kept += [f"{part} biases" for part in dict.fromkeys(biased)]
     if any(part in name for part in _QUERY_NORMS for name in names):
         kept.append("q and k norms")

@@ -217,6 +217,7 @@ def _random_model(config: Any) -> Any:
         raise ConfigError(
             f"transformers builds no model of this config ({reason}); mend it"
         ) from error
+    model.config._experts_implementation = "eager"  # the grouped product knows no float64
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
