@@ -3,6 +3,9 @@ and families verify as exact on them."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -253,3 +256,13 @@ def test_a_twin_leaves_generators_alone():
     state = torch.get_rng_state()
     float64_twin(model)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_of_a_twin_are_twins_of_their_own(copier):
+    twin = float64_twin(make_model())
+    again, ids = copier(twin), torch.randint(VOCAB, (1, 7))
+    with torch.no_grad():
+        want = twin(ids).logits
+        twin.model.norm.weight.zero_()
+        assert torch.equal(again(ids).logits, want)

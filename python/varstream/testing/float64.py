@@ -11,7 +11,7 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ def _take_out_casts(module: nn.Module, inside: bool) -> None:
         inside = True
     home = type(module).__module__.startswith("transformers.")
     if home and not inside and not any(_is_attention(part) for part in module.modules()):
-        module.forward = MethodType(_without_casts, module)
+        module.forward = partial(_without_casts, module)
         inside = True
     for child in module.children():
         _take_out_casts(child, inside)
