@@ -1,7 +1,6 @@
 """Documents as packed rows, their log-probabilities streamed and dense, and the check of one
 against the other."""
 
-import copy
 from dataclasses import dataclass
 from itertools import cycle, islice, pairwise
 
@@ -80,8 +79,17 @@ def streamed_logprobs(model, row):
     )
 
 
+def fixed_logprobs(model, row):
+    """The same as constants, dropout off. They are streamed too: within torch.no_grad the model's
+    own forward runs, whose mask of a packed row is over all pairs of its tokens."""
+    training = model.training
+    logp = streamed_logprobs(model.eval(), row).detach()
+    model.train(training)
+    return logp
+
+
 def warm_up(model, rows, steps, rate):
-    """Plain next-token training, a row a step; the last loss."""
+    """Plain next-token training, a row a step."""
     optimizer = optimizer_of(model, rate)
     with progress("warm-up", steps) as advance:
         for row in islice(cycle(rows), steps):
@@ -89,7 +97,6 @@ def warm_up(model, rows, steps, rate):
             loss.backward()
             update(model, optimizer)
             advance(f"loss {loss.item():.3f}")
-    return loss.item()
 
 
 # --- the same from plain autograd -----------------------------------------------------------------
@@ -119,36 +126,40 @@ def gradients(model, rows, objective, logprobs):
     return total, {name: p.grad for name, p in model.named_parameters()}
 
 
+def compare(model, rows, objective, options):
+    """Print the memory that a row's gradients take at most and, with `--check`, how far
+    loss and gradients of `rows` are from those of dense documents in float64; exit where that is
+    more than rounding."""
+    largest = max(rows, key=lambda row: len(row.target))
+    tokens, device = len(largest.target), largest.target.device
+
+    def peak(logprobs):
+        found = peak_memory(lambda: gradients(model, [largest], objective, logprobs)[1], device)
+        model.zero_grad()
+        return f"{found / 2**20:.1f} MiB"
+
+    print(f"gradients of {tokens:,} tokens: at most {peak(streamed_logprobs)} streamed", end="")
+    vs.unstream(model)
+    small = options.model is None or options.check
+    print(f", {peak(dense_logprobs)} from dense documents" if small else "")
+    if options.check:
+        check(model, rows, objective, options.chunk_size)
+    vs.stream(model, chunk_size=options.chunk_size)
+
+
 def check(model, rows, objective, chunk_size):
-    """The worst relative difference between loss and gradients of packed rows, streamed, and those
-    of dense documents, in float64; exits where it is more than rounding."""
-    twin = float64_twin(vs.unstream(copy.deepcopy(model)))
+    """Exit where packed and streamed differs from dense; the model is a plain one."""
+    try:
+        twin = float64_twin(model)
+    except ValueError as error:
+        raise SystemExit(f"--check is not for this model: {error}") from None
     want_loss, want = gradients(twin, rows, objective, dense_logprobs)
-    found_loss, found = gradients(
-        vs.stream(twin, chunk_size=chunk_size), rows, objective, streamed_logprobs
-    )
     if not any(grad.any() for grad in want.values()):
-        raise SystemExit("nothing to compare: every gradient is zero")
-    name, error = worst_gradient(found.items(), want)
-    loss_error = relative_error(found_loss, want_loss)
-    print(
-        f"packed and streamed against dense documents, in float64: loss {loss_error:.1e}, worst "
-        f"gradient {error:.1e} ({name})"
-    )
-    if not max(error, loss_error) <= TOLERANCE:
+        raise SystemExit("--check has nothing to compare: every gradient is zero")
+    vs.stream(twin, chunk_size=chunk_size)
+    loss, found = gradients(twin, rows, objective, streamed_logprobs)
+    error = relative_error(loss, want_loss)
+    name, worst = worst_gradient(found.items(), want)
+    print(f"check in float64: loss off by {error:.1e}, worst gradient by {worst:.1e} ({name})")
+    if not max(error, worst) <= TOLERANCE:
         raise SystemExit(f"packed and dense differ by more than {TOLERANCE:.0e}")
-    return max(error, loss_error)
-
-
-def peaks(model, row, objective):
-    """In words, the memory that one row's gradients take at most, streamed and dense."""
-    dense, device = vs.unstream(copy.deepcopy(model)), row.target.device
-    streamed, plain = (
-        peak_memory(lambda m=m, f=f: gradients(m, [row], objective, f)[1], device) / 2**20
-        for m, f in ((model, streamed_logprobs), (dense, dense_logprobs))
-    )
-    model.zero_grad()
-    return (
-        f"memory of the gradients of a row of {len(row.target):,} tokens, at most: {streamed:.1f} "
-        f"MiB streamed, {plain:.1f} MiB from dense documents"
-    )

@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description, defaults, quick):
         super().__init__(description=description)
         self.set_defaults(**SIZES, **defaults)
-        self.quick, self.numbers, self.rates = QUICK | quick, [], []
+        self.quick, self.numbers, self.rates = QUICK | quick, {}, []
         self.number("--steps", "optimizer steps")
         self.number("--tokens", "of a packed row, at most")
         self.number("--chunk-size", "rows of a layer's chunk in the backward")
@@ -36,10 +36,10 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--check", action="store_true", help="compare with plain autograd")
         self.add_argument("--quick", action="store_true", help="tiny sizes, a few seconds")
 
-    def number(self, name, words):
-        """An option that is a whole number of at least 1."""
+    def number(self, name, words, least=1):
+        """An option that is a whole number."""
         self.add_argument(name, type=int, help=f"{words} ({self.get_default(_key(name))})")
-        self.numbers.append(name)
+        self.numbers[name] = least
 
     def rate(self, name, words):
         """An option that is a number above 0 and below 1."""
@@ -54,9 +54,9 @@ class Parser(argparse.ArgumentParser):
         if options.quick:
             self.set_defaults(**self.quick)
             options = self.parse_args(args)
-        for name in self.numbers:
-            if (value := getattr(options, _key(name))) < 1:
-                self.error(f"{name} must be at least 1, got {value}")
+        for name, least in self.numbers.items():
+            if (value := getattr(options, _key(name))) < least:
+                self.error(f"{name} must be at least {least}, got {value}")
         for name in self.rates:
             if not 0 < (value := getattr(options, _key(name))) < 1:
                 self.error(f"{name} must be above 0 and below 1, got {value}")
@@ -91,14 +91,14 @@ def load(parser, options, texts):
             tokenizer = AutoTokenizer.from_pretrained(name)
         else:
             tokenizer = train_tokenizer(texts, min(options.vocab, config.vocab_size))
-        positions = getattr(config, "max_position_embeddings", options.tokens)
-        if positions < options.tokens:
-            raise ValueError(f"has {positions} positions; give --tokens {positions} at most")
-        if tokenizer.eos_token_id is None:
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(f"has {config.vocab_size} tokens, its tokenizer {len(tokenizer)}")
+        if tokenizer.eos_token is None:
             raise ValueError("has a tokenizer without an end token")
-        model = vs.stream(model.to(options.device), chunk_size=options.chunk_size)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        model = vs.stream(model.train().to(options.device), chunk_size=options.chunk_size)
     except (OSError, ValueError) as error:  # not there, broken, or not one that streams
-        parser.error(f"--model {name}: {error}")
+        parser.error(f"--model {name}: {str(error).splitlines()[0]}")
     return model, tokenizer
 
 

@@ -68,3 +68,8 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+
+
+def encode(tokenizer, texts: list[str]) -> list[list[int]]:
+    """The tokens of pieces of text, without any that begin or end a document."""
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -16,16 +16,16 @@ import time
 from itertools import cycle, islice
 
 import torch
-from _packed import check, document, pack, peaks, streamed_logprobs, warm_up
+from _packed import compare, document, fixed_logprobs, pack, streamed_logprobs, warm_up
 from _setup import Parser, load, optimizer_of, progress, show, update
-from _text import docstrings, sources
+from _text import docstrings, encode, sources
 from torch.nn.functional import logsigmoid
 
 from varstream import objectives
 
-RATES = {"learning_rate": 5e-4, "warmup_rate": 3e-3}
+RATES = {"learning_rate": 2e-4, "warmup_rate": 3e-3}
 DEFAULTS = {"steps": 40, "warmup": 60, "tokens": 2048, "chunk_size": 256} | RATES
-QUICK = {"steps": 8, "warmup": 8, "tokens": 512, "chunk_size": 64}
+QUICK = {"steps": 8, "warmup": 8, "tokens": 512, "chunk_size": 128, "learning_rate": 2e-3}
 PROMPT, COMPLETION = 6, 24  # words, the latter at most
 HELD_OUT = 0.1  # of the pairs
 BETA = 0.1
@@ -39,8 +39,8 @@ def make_pairs(texts, tokenizer, options):
         shuffled = rng.sample(rest, len(rest))
         if len(set(rest)) < 4 or shuffled == rest:
             continue
-        prompt = tokenizer(" ".join(prompt))["input_ids"]
-        completions = tokenizer([" " + " ".join(order) for order in (rest, shuffled)])["input_ids"]
+        parts = [" ".join(prompt), " " + " ".join(rest), " " + " ".join(shuffled)]
+        prompt, *completions = encode(tokenizer, parts)
         pair = [document(prompt, completion) for completion in completions]
         if sum(len(part["input_ids"]) for part in pair) <= options.tokens:
             pairs.append(pair)
@@ -52,11 +52,10 @@ def objective(row, logp):
     return objectives.dpo(logp, row.mask, row.cu_seqlens, beta=BETA, **row.constants)
 
 
-@torch.no_grad()
 def add_reference(model, rows):
-    """Store the log-probs of the policy as it is; it is not needed as the reference again."""
+    """Keep the log-probs of the policy as it is: no second model is needed."""
     for row in rows:
-        row.constants["ref_logp"] = streamed_logprobs(model, row)
+        row.constants["ref_logp"] = fixed_logprobs(model, row)
 
 
 def train(model, rows, options):
@@ -74,12 +73,11 @@ def train(model, rows, options):
     return speed
 
 
-@torch.no_grad()
 def evaluate(model, rows):
     """Means over the pairs of `rows`, by name."""
     found = []
     for row in rows:
-        logp = streamed_logprobs(model, row)
+        logp = fixed_logprobs(model, row)
         rewards = BETA * row.sums(logp - row.constants["ref_logp"]).view(-1, 2)  # (pairs, 2)
         margin = rewards[:, 0] - rewards[:, 1]
         likelier = row.sums(logp).view(-1, 2)
@@ -98,7 +96,7 @@ def evaluate(model, rows):
 
 def main(args=None):
     parser = Parser("Optimise preferences on packed pairs, streamed.", DEFAULTS, QUICK)
-    parser.number("--warmup", "steps on the chosen texts, before")
+    parser.number("--warmup", "steps on the chosen texts, before", least=0)
     parser.rate("--warmup-rate", "their learning rate")
     options = parser.read(args)
     texts = sources(options.seed, options.corpus)
@@ -125,9 +123,7 @@ def main(args=None):
     ]
     show(f"{options.steps} steps, beta {BETA}", columns, table)
     print(f"training: {speed:,.0f} tokens/s")
-    print(peaks(model, rows[0], objective))
-    if options.check:
-        check(model, rows[:2], objective, options.chunk_size)
+    compare(model, rows[:2], objective, options)
     return before, after
 
 

@@ -18,9 +18,9 @@ import time
 import warnings
 
 import torch
-from _packed import check, document, pack, peaks, streamed_logprobs, warm_up
+from _packed import compare, document, fixed_logprobs, pack, streamed_logprobs, warm_up
 from _setup import Parser, load, optimizer_of, progress, show, update
-from _text import signatures, sources
+from _text import encode, signatures, sources
 
 from varstream import objectives
 
@@ -28,7 +28,7 @@ TASK = {"prompts": 8, "group": 8, "inner": 2, "length": 24, "parameters": 3}
 RATES = {"learning_rate": 1e-3, "warmup_rate": 3e-3}
 DEFAULTS = {"steps": 25, "warmup": 60, "tokens": 1024, "chunk_size": 256} | RATES | TASK
 QUICK_TASK = {"prompts": 4, "length": 12, "parameters": 1, "corpus": 400_000, "warmup_rate": 1e-2}
-QUICK = {"steps": 3, "tokens": 256, "chunk_size": 64} | QUICK_TASK
+QUICK = {"steps": 3, "tokens": 256, "chunk_size": 128} | QUICK_TASK
 HELD_OUT = 64  # names
 SHOWN = 3  # samples in the table
 
@@ -58,8 +58,9 @@ def sample(model, tokenizer, prompts, length):
     tokens = model.generate(
         **batch,
         max_new_tokens=length,
-        do_sample=True,
-        top_k=0,  # the policy itself, nothing cut off
+        do_sample=True,  # from the policy itself, nothing cut off or sharpened
+        temperature=1.0,
+        top_k=0,
         top_p=1.0,
         pad_token_id=end,
         eos_token_id=end,
@@ -78,11 +79,10 @@ def rewards_of(tokenizer, names, completions, parameters):
     return torch.tensor(rewards)
 
 
-@torch.no_grad()
 def collect(model, tokenizer, names, options):
     """One step's samples as packed rows with what the objective needs, and their mean reward."""
     names = [name for name in names for _ in range(options.group)]
-    prompts = tokenizer(names)["input_ids"]
+    prompts = encode(tokenizer, names)
     completions = sample(model, tokenizer, prompts, options.length)
     rewards = rewards_of(tokenizer, names, completions, options.parameters)
     groups = rewards.view(-1, options.group)
@@ -95,7 +95,7 @@ def collect(model, tokenizer, names, options):
     ]
     rows = pack(documents, options)
     for row in rows:
-        row.constants["old_logp"] = streamed_logprobs(model, row)
+        row.constants["old_logp"] = fixed_logprobs(model, row)
     return rows, rewards.mean().item()
 
 
@@ -128,17 +128,17 @@ def train(model, tokenizer, names, options):
 
 def evaluate(model, tokenizer, names, options):
     """The mean reward of one sample a name, and the first of them as text."""
-    completions = sample(model, tokenizer, tokenizer(names)["input_ids"], options.length)
+    completions = sample(model, tokenizer, encode(tokenizer, names), options.length)
     mean = rewards_of(tokenizer, names, completions, options.parameters).mean().item()
     return mean, [names[i] + tokenizer.decode(completions[i]) for i in range(SHOWN)]
 
 
 def main(args=None):
     parser = Parser("Optimise a policy on packed samples, streamed.", DEFAULTS, QUICK)
-    parser.number("--warmup", "steps on real signatures, before")
+    parser.number("--warmup", "steps on real signatures, before", least=0)
     parser.rate("--warmup-rate", "their learning rate")
     parser.number("--prompts", "names of a step")
-    parser.number("--group", "completions of a name")
+    parser.number("--group", "completions of a name", least=2)
     parser.number("--inner", "optimizer steps on a step's samples")
     parser.number("--length", "tokens of a completion, at most")
     parser.number("--parameters", "that a function must have")
@@ -148,19 +148,19 @@ def main(args=None):
     random.Random(options.seed).shuffle(pairs)
     names = list(dict.fromkeys(name for name, _ in pairs))
     known, new = names[HELD_OUT:], names[:HELD_OUT]
-    longest = max(map(len, tokenizer(names)["input_ids"])) + options.length
+    longest = max(map(len, encode(tokenizer, names))) + options.length
     if options.tokens < longest:
         parser.error(f"--tokens must be at least {longest}, a prompt and its completion")
     if options.prompts > len(known):
         parser.error(f"--prompts must be at most {len(known)}, the names there are")
 
-    end = tokenizer.eos_token
-    real = [
-        [document([], tokenizer(name)["input_ids"] + tokenizer(rest + end)["input_ids"])]
-        for name, rest in pairs
-        if name not in set(new)
+    real = [(name, rest) for name, rest in pairs if name not in set(new)]
+    starts, ends = (encode(tokenizer, list(parts)) for parts in zip(*real, strict=True))
+    signed = [
+        [document([], start + rest + [tokenizer.eos_token_id])]
+        for start, rest in zip(starts, ends, strict=True)
     ]
-    warm_up(model, pack(real, options), options.warmup, options.warmup_rate)
+    warm_up(model, pack(signed, options), options.warmup, options.warmup_rate)
     before, samples_before = evaluate(model, tokenizer, new, options)
     rewards, speed, rows = train(model, tokenizer, known, options)
     after, samples_after = evaluate(model, tokenizer, new, options)
@@ -171,9 +171,7 @@ def main(args=None):
     table += [["", samples_before[i], samples_after[i]] for i in range(SHOWN)]
     show(f"Mean reward, {options.steps} steps", ["", "before", "after"], table)
     print(f"training on samples: {speed:,.0f} tokens/s")
-    print(peaks(model, rows[0], objective_of(rows)))
-    if options.check:
-        check(model, rows, objective_of(rows), options.chunk_size)
+    compare(model, rows, objective_of(rows), options)
     return rewards, before, after
 
 
