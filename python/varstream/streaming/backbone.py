@@ -17,6 +17,7 @@ from varstream.planner.memory import Step
 from varstream.planner.plan import require_fit
 from varstream.planner.shapes import describe_parts
 from varstream.planner.trace import UntraceableError
+from varstream.streaming.embedding import looked_up
 from varstream.streaming.forward import Forward
 from varstream.streaming.layer_call import (
     LayerBody,
@@ -104,8 +105,10 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """Stream the body over x (1, n, d); y comes as (1, n, d) too."""
     gives = x is call.output and not call.exposed and not sees_input(module)
-    params = trained(module)
-    y, *rest = run_streamed(body, x.squeeze(0), call.schedule, params, attends, call.flow, gives)
+    again = next((lookup for lookup in call.lookups if lookup.output is x), None)
+    y, *rest = run_streamed(
+        body, x.squeeze(0), call.schedule, trained(module), attends, call.flow, gives, again
+    )
     call.output, call.exposed = y[None], seen(module)
     return call.output, *rest
 
@@ -137,7 +140,8 @@ def backbone_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
     if routers is not None:  # ours to record: transformers would keep every chunk's
         inputs["output_router_logits"] = False
     register()
-    with implementation(backbone.config):
+    with implementation(backbone.config), looked_up(backbone.get_input_embeddings()) as lookups:
+        call.lookups = lookups
         output = in_call(call, forward.original, **inputs, use_cache=False)
     hidden, logits = output.last_hidden_state.squeeze(0), call.finish()
     if not rows.total:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from varstream.streaming.attend import Attend
+from varstream.streaming.embedding import Lookup
 from varstream.streaming.forward import Forward
 from varstream.streaming.recompute import Flow
 from varstream.streaming.routers import recorded
@@ -37,11 +38,12 @@ class StreamCall:
     flow: Flow = field(default_factory=Flow)
     output: Tensor | None = None  # (1, n, d) of the streamed layer that ran last
     exposed: bool = True  # others may hold it, who could ask for its gradient
+    lookups: list[Lookup] = field(default_factory=list)  # of tokens
 
     def finish(self) -> list[Tensor]:
         """The routers' logits, let go with the rest: the graph holds the call, and what the call
         held of the graph would never be freed."""
-        logits, self.router_logits, self.output = self.router_logits, [], None
+        logits, self.router_logits, self.output, self.lookups = self.router_logits, [], None, []
         return logits
 
     router_logits: list[Tensor] = field(default_factory=list)  # (n, experts) of each MoE layer

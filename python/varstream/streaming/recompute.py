@@ -17,6 +17,7 @@ from varstream.streaming.gradients import GradientSums
 from varstream.streaming.modes import Modes
 from varstream.streaming.schedule import DeviceChunk, Schedule
 
+Rebuild = Callable[[slice], Tensor]
 # body(x (c, d), its chunk, attend) -> outputs (c, ...), y first. It acts row by row but for attend.
 # A module that it runs is its attribute ``layer``.
 Body = Callable[[Tensor, DeviceChunk, Attend], tuple[Tensor, ...]]
@@ -42,6 +43,7 @@ class Work:
     attends: bool  # False: the body acts row by row
     flow: Flow | None
     gives: bool  # its dx to the layer below
+    rebuild: Rebuild | None  # rows of x again, which isn't kept then
 
 
 def run_streamed(
@@ -52,13 +54,14 @@ def run_streamed(
     attends: bool = True,
     flow: Flow | None = None,
     gives: bool = False,
+    rebuild: Rebuild | None = None,
 ) -> tuple[Tensor, ...]:
     """The body's outputs over all rows x (n, d), differentiable in x and params, once.
 
     Within a stack ``flow`` is the stack's; ``gives`` says that x is the output of the layer below
-    and nobody else's.
+    and nobody else's. With ``rebuild``, which gives rows of x again, x isn't kept for the backward.
     """
-    return _Streamed.apply(Work(body, schedule, attends, flow, gives), x, *params)
+    return _Streamed.apply(Work(body, schedule, attends, flow, gives, rebuild), x, *params)
 
 
 class _Streamed(torch.autograd.Function):
@@ -71,7 +74,9 @@ class _Streamed(torch.autograd.Function):
         ctx.work, ctx.params = work, params
         ctx.autocast = _autocast_state(x.device.type)
         ctx.modes = Modes(getattr(work.body, "layer", None))
-        ctx.save_for_backward(x, *params)  # params: so that autograd notices changes in place
+        kept = [x] if work.rebuild is None else []
+        ctx.save_for_backward(*kept, *params)  # params: so that autograd notices changes in place
+        ctx.like = x.detach().new_empty(0, *x.shape[1:])
         ctx.states = []
         keys, outputs = Keys(x.shape[0]), None
         for chunk in work.schedule.chunks:
@@ -90,23 +95,24 @@ class _Streamed(torch.autograd.Function):
             raise RuntimeError(
                 "a streamed layer has no second derivative: create_graph=True is refused"
             )
-        x, *_ = ctx.saved_tensors
-        work, params = ctx.work, ctx.params
+        work, params, saved = ctx.work, ctx.params, ctx.saved_tensors
+        rows_of = saved[0].__getitem__ if work.rebuild is None else work.rebuild
+        like, shape = ctx.like, (work.schedule.total, *ctx.like.shape[1:])
         wanted = [p for p, need in zip(params, ctx.needs_input_grad[2:], strict=True) if need]
         sums = GradientSums(wanted)
-        dx = _room(work.flow, x, grads[0]) if ctx.needs_input_grad[1] else None
+        dx = _room(work.flow, like, shape, grads[0]) if ctx.needs_input_grad[1] else None
         chunks = list(zip(work.schedule.chunks, ctx.states, strict=True))
-        keys = Keys(x.shape[0])
+        keys = Keys(shape[0])
         with ExitStack() as stack:
             stack.enter_context(ctx.autocast())
             stack.enter_context(ctx.modes.restored())
-            stack.enter_context(random_state_kept([x.device]))
+            stack.enter_context(random_state_kept([like.device]))
             if work.attends:
-                _project(work, x, chunks, keys)
+                _project(work, rows_of, chunks, keys)
             stack.enter_context(sums.taken())
             for chunk, state in reversed(chunks):
                 state.restore()
-                _backward_chunk(work, keys, chunk, x, grads, dx, sums)
+                _backward_chunk(work, keys, chunk, rows_of, grads, dx, sums)
         if work.flow is not None:
             work.flow.address = dx.data_ptr() if dx is not None and work.gives else 0
         found = iter(sums.finish())
@@ -114,26 +120,25 @@ class _Streamed(torch.autograd.Function):
         return None, dx, *param_grads
 
 
-def _room(flow: Flow | None, x: Tensor, dy: Tensor | None) -> Tensor:
+def _room(flow: Flow | None, like: Tensor, shape: tuple[int, ...], dy: Tensor | None) -> Tensor:
     """Where dx goes: over dy where the layer above gave it, else into memory of its own."""
     if flow is None or dy is None:
-        return torch.empty_like(x)
+        return like.new_empty(shape)
     given, flow.address = flow.address, 0  # memory of a backward that failed may be another's now
-    if dy.data_ptr() != given:
-        return torch.empty_like(x)
-    same = (dy.shape, dy.dtype, dy.stride()) == (x.shape, x.dtype, x.stride())
-    return dy if same and x.is_contiguous() and not x.is_meta else torch.empty_like(x)
+    ours = dy.data_ptr() == given and not dy.is_meta and dy.is_contiguous()
+    same = (tuple(dy.shape), dy.dtype) == (shape, like.dtype)
+    return dy if ours and same else like.new_empty(shape)
 
 
 @torch.no_grad()
 def _project(
-    work: Work, x: Tensor, chunks: list[tuple[DeviceChunk, RandomState]], keys: Keys
+    work: Work, rows_of: Rebuild, chunks: list[tuple[DeviceChunk, RandomState]], keys: Keys
 ) -> None:
     """K and V of all rows, formed chunk by chunk without a graph: the body runs up to there."""
     for chunk, state in chunks:
         state.restore()
         with suppress(Projected):
-            work.body(x[chunk.rows], chunk, AttendProject(keys, chunk))
+            work.body(rows_of(chunk.rows), chunk, AttendProject(keys, chunk))
     torch.clear_autocast_cache()  # casts of the weights, without a graph
     keys.start_gradients()
 
@@ -142,7 +147,7 @@ def _backward_chunk(
     work: Work,
     keys: Keys,
     chunk: DeviceChunk,
-    x: Tensor,
+    rows_of: Rebuild,
     grads: Sequence[Tensor | None],
     dx: Tensor | None,
     sums: GradientSums,
@@ -151,8 +156,10 @@ def _backward_chunk(
     keys, and with its own, complete by then, the way back through the projections."""
     rows = chunk.rows
     attend = AttendBackward(keys, chunk)
+    with torch.no_grad():
+        part = rows_of(rows)
     with torch.enable_grad():
-        part = x[rows].detach().requires_grad_(dx is not None)
+        part = part.detach().requires_grad_(dx is not None)
         outputs = work.body(part, chunk, attend)
     pairs = [(o, g[rows]) for o, g in zip(outputs, grads, strict=True) if g is not None]
     if attend.anchor is not None:  # also where nothing of this chunk attended

@@ -25,7 +25,14 @@ IMPLEMENTATION = "varstream_float64"
 _LOWER = (torch.float32, torch.bfloat16, torch.float16)
 _CASTS = (Tensor.float, Tensor.bfloat16, Tensor.half)
 # Tensors that models pass on to attention functions and that change no score.
-_HARMLESS = {"cu_seq_lens_q", "cu_seq_lens_k", "num_items_in_batch", "position_ids", "seq_idx"}
+_HARMLESS = {
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "num_items_in_batch",
+    "position_ids",
+    "seq_idx",
+    "shift_labels",
+}
 
 
 def float64_twin(model: Any) -> Any:
