@@ -57,7 +57,9 @@ LAYOUTS = {
     "every_second_head": lambda n, dim: torch.zeros(n, 2 * KV_HEADS, dim)[:, ::2],
     "rows_of_a_larger": lambda n, dim: torch.zeros(n + 20, KV_HEADS, dim)[7 : n + 7],
     "heads_first": lambda n, dim: torch.zeros(KV_HEADS, n, dim).transpose(0, 1),
-    "begins_odd": lambda n, dim: torch.zeros(n, KV_HEADS, dim + 3)[..., 1 : dim + 1],
+    "begins_odd": lambda n, dim: torch.zeros(n, KV_HEADS, dim + 2)[..., 1 : dim + 1],
+    "odd_heads": lambda n, dim: torch.zeros(n, KV_HEADS, dim + 1)[..., :dim],
+    "odd_rows": lambda n, dim: torch.zeros(n, KV_HEADS * dim + 1)[:, :-1].unflatten(1, (-1, dim)),
 }
 
 

@@ -18,6 +18,7 @@ import kernel_bars  # isort: skip  (csrc/tools, put on the path by kernels)
 import kernel_build  # isort: skip
 import kernel_head_model  # isort: skip
 import kernel_model  # isort: skip
+import kernel_pass_model  # isort: skip
 
 HEAD = ROOT / "csrc/cross_entropy"
 REGISTERS = (16, 24, 32, 40, 56, 64, 72, 96, 127, 128, 129, 160, 168, 169, 192, 200, 224, 248, 255)
@@ -233,6 +234,28 @@ def test_the_head_s_model_by_hand():
         kernel_head_model.A100, COMMITTED["head_softmax fp32/bf16 plain", "sm_80"], own, 128256
     )
     assert (again.moved, again.ideal) == (10, 6)
+
+
+def test_the_model_of_passes_by_hand():
+    """An H100's rows of 128 values: two a warp, 16 lanes each; 512 bytes and three numbers."""
+    gpu, one = kernel_head_model.H100, kernel_pass_model.prepare(128)
+    assert (one.read, one.written) == (2 * 516, 2 * 8)
+    row = COMMITTED[one.kernel, "sm_90"]
+    e = kernel_pass_model.estimate(gpu, row, one)
+    assert e.instructions == row["sass"]["round"]["all"]
+    assert e.slots == pytest.approx(e.instructions / (132 * 4 * 1.755e9 * 1048 / 3.0e12))
+    assert e.under_way == row["blocks_per_sm"]["sm_90"] * 8 * 1048
+    assert e.needed == pytest.approx(3.0e12 / 132 * 0.8e-6)
+    slow = copy.deepcopy(row)
+    slow["sass"]["round"]["all"] *= 4
+    assert kernel_pass_model.estimate(gpu, slow, one).share == pytest.approx(1 / (4 * e.slots))
+    few = row | {"blocks_per_sm": {"sm_90": 1}}
+    assert kernel_pass_model.estimate(gpu, few, one).share == pytest.approx(8 * 1048 / e.needed)
+    words = kernel_pass_model.copy("gather_rows", 16)
+    whole = COMMITTED[words.kernel, "sm_90"]["sass"]["round"]
+    found = kernel_pass_model.estimate(gpu, COMMITTED[words.kernel, "sm_90"], words)
+    assert found.instructions == whole["all"] * 4 / sum(whole["LDG"].values())
+    assert found.under_way == found.threads / 32 * 4 * 32 * 16 * 2 / 2
 
 
 @pytest.mark.parametrize("name", ["stack", "spill_stores", "spill_loads"])

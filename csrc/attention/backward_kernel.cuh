@@ -12,6 +12,7 @@
 #include "ptx/math.cuh"
 #include "ptx/opaque.cuh"
 #include "ptx/shared_memory.cuh"
+#include "tile/add_rows.cuh"
 #include "tile/product.cuh"
 #include "tile/shared_tile.cuh"
 
@@ -148,7 +149,7 @@ struct Backward {
       const int32_t r = first_row + thread_;
       const bool valid = r < work_->end_row;
       const RowPlace at = order().at(valid ? r : first_row);
-      const int64_t row = (int64_t{work_->sequence.q0} + at.query) * p_.forward.heads + at.head;
+      const int64_t row = int64_t{work_->sequence.q0 + at.query} * p_.forward.heads + at.head;
       ptx::cp_async_8(statistics_ + stage * kRows + thread_, p_.statistics + row, valid);
     }
   }
@@ -218,19 +219,13 @@ struct Backward {
       return weight < 0.0f ? 0.0f : weight * keep_scale;
     });
     delta.load(score_row() + lane() / 4, [&](int r) { return rows[r].delta; });
-    // In parts, as weights and their gradients together are too many registers.
-    constexpr int kColumns = Traits::kScoreColumns / Traits::kScoreParts;
-    VARSTREAM_UNROLL
-    for (int first = 0; first < Traits::kScoreColumns; first += kColumns) {
-      tile::Accumulator<Traits::kScoreTiles, kColumns> dscores;
-      tile::clear(dscores);
-      const int key = score_key() + 8 * first;
-      tile::multiply<Traits::kValueDim / 16, kAlong, kAlong>(
-          dscores, dout(stage), score_row(), v_, key, lane());
-      weights_to_gradients<Traits::kModified>(dscores, scores, slopes, first, delta, p_.forward);
-      tile::store_changed(
-          dscores, dscores_, score_row(), key, lane(), [](float value) { return value; });
-    }
+    Scores dscores;
+    tile::clear(dscores);
+    tile::multiply<Traits::kValueDim / 16, kAlong, kAlong>(
+        dscores, dout(stage), score_row(), v_, score_key(), lane());
+    weights_to_gradients<Traits::kModified>(dscores, scores, slopes, delta, p_.forward);
+    tile::store_changed(
+        dscores, dscores_, score_row(), score_key(), lane(), [](float value) { return value; });
   }
 
   // dV += P^T dO, dK += dS^T Q, dQ += dS K.
@@ -259,12 +254,11 @@ struct Backward {
     }
   }
 
-  // Where row r of the sequence's has its dQ; null past the last row.
+  // Where row r of the sequence's has its dQ.
   VARSTREAM_DEVICE float* dq_row(int32_t r) const {
-    if (r >= work_->end_row) return nullptr;
     const RowPlace at = order().at(r);
     return p_.dq_sum +
-           ((int64_t{work_->sequence.q0} + at.query) * p_.forward.heads + at.head) * p_.forward.dim;
+           (int64_t{work_->sequence.q0 + at.query} * p_.forward.heads + at.head) * p_.forward.dim;
   }
 
   // Neighbouring lanes swap halves: each then holds four columns of one row.
@@ -275,14 +269,15 @@ struct Backward {
     const int row = first_row + query_row() + (odd ? 8 : 0) + lane / 4;
     VARSTREAM_UNROLL
     for (int i = 0; i < Traits::kQueryTiles; ++i) {
-      float* to = dq_row(row + 16 * i);
+      const bool exists = row + 16 * i < work_->end_row;
+      float* to = dq_row(exists ? row + 16 * i : first_row) + column;
       VARSTREAM_UNROLL
       for (int n = 0; n < Traits::kQueryColumns; ++n) {
         const float* d = dq[i][n];
         const float other0 = ptx::shuffle_xor(odd ? d[0] : d[2], 1);
         const float other1 = ptx::shuffle_xor(odd ? d[1] : d[3], 1);
-        if (to == nullptr || column + 8 * n >= p_.forward.dim) continue;
-        ptx::add_atomic_4(to + column + 8 * n,
+        if (!exists || column + 8 * n >= p_.forward.dim) continue;
+        ptx::add_atomic_4(to + 8 * n,
                           odd ? other0 : d[0],
                           odd ? other1 : d[1],
                           odd ? d[2] : other0,
@@ -291,22 +286,34 @@ struct Backward {
     }
   }
 
-  // Four lanes fill a 32-byte sector of one row with every addition.
+  // Four lanes fill a 32-byte sector of one row with every addition. A lane whose row is past the
+  // last adds zeros to the tile's first rows, each lane to its own, as a branch would cost more;
+  // columns end for a whole warp at once.
   VARSTREAM_DEVICE void add_dq_by_pairs(const Dq& dq, int32_t first_row) const {
-    const int lane = this->lane();
-    const int column = query_part() * (8 * Traits::kQueryColumns) + 2 * (lane % 4);
-    const int row = first_row + query_row() + lane / 4;
+    const int lane = this->lane(), first_column = query_part() * (8 * Traits::kQueryColumns);
+    const int row = first_row + query_row() + lane / 4, end_row = work_->end_row;
+    if (first_row + query_row() >= end_row) return;
+    const int other = first_row + lane / 4 < end_row ? first_row + lane / 4 : end_row - 1;
+    bool exists[Traits::kQueryTiles][2];
+    float* to[Traits::kQueryTiles][2];
     VARSTREAM_UNROLL
     for (int i = 0; i < Traits::kQueryTiles; ++i) {
       VARSTREAM_UNROLL
       for (int h = 0; h < 2; ++h) {
-        float* to = dq_row(row + 16 * i + 8 * h);
-        if (to == nullptr) continue;
+        const int r = row + 16 * i + 8 * h;
+        exists[i][h] = r < end_row;
+        to[i][h] = dq_row(exists[i][h] ? r : other) + first_column + 2 * (lane % 4);
+      }
+    }
+    VARSTREAM_UNROLL
+    for (int n = 0; n < Traits::kQueryColumns; ++n) {
+      if (first_column + 8 * n >= p_.forward.dim) break;
+      VARSTREAM_UNROLL
+      for (int i = 0; i < Traits::kQueryTiles; ++i) {
         VARSTREAM_UNROLL
-        for (int n = 0; n < Traits::kQueryColumns; ++n) {
-          if (column + 8 * n >= p_.forward.dim) continue;
-          ptx::add_atomic(to + column + 8 * n, dq[i][n][2 * h]);
-          ptx::add_atomic(to + column + 8 * n + 1, dq[i][n][2 * h + 1]);
+        for (int h = 0; h < 2; ++h) {
+          ptx::add_atomic(to[i][h] + 8 * n, exists[i][h] ? dq[i][n][2 * h] : 0.0f);
+          ptx::add_atomic(to[i][h] + 8 * n + 1, exists[i][h] ? dq[i][n][2 * h + 1] : 0.0f);
         }
       }
     }
@@ -333,23 +340,13 @@ struct Backward {
     const int64_t first = (int64_t{work_->sequence.k0} + work_->first_key) * to.row_stride +
                           work_->kv_head * to.head_stride;
     if (p_.accumulate) {
-      const int lane = this->lane();
-      float* data = static_cast<float*>(to.data) + first + column + 2 * (lane % 4);
-      VARSTREAM_UNROLL
-      for (int i = 0; i < Traits::kKeyTiles; ++i) {
-        VARSTREAM_UNROLL
-        for (int h = 0; h < 2; ++h) {
-          const int key = key_row() + 16 * i + 8 * h + lane / 4;
-          if (key >= keys) continue;
-          float* row = data + key * to.row_stride;
-          VARSTREAM_UNROLL
-          for (int n = 0; n < Columns; ++n) {
-            if (column + 8 * n >= dim) continue;
-            row[8 * n] += scale * d[i][n][2 * h];
-            row[8 * n + 1] += scale * d[i][n][2 * h + 1];
-          }
-        }
-      }
+      auto* data = static_cast<float*>(to.data) + first + column;
+      const int64_t strides = to.row_stride | to.head_stride;
+      const bool even = strides % 2 == 0 && reinterpret_cast<uintptr_t>(to.data) % 8 == 0;
+      const int key = key_row();
+      tile::add_rows(d, scale, dim - column, lane(), even, [&](int r) -> float* {
+        return key + r < keys ? data + (key + r) * to.row_stride : nullptr;
+      });
       return;
     }
     ptx::sync_block();  // nobody reads the tile any more

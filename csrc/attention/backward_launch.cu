@@ -50,7 +50,8 @@ void launch_backward_prepare(Dtype dtype, const PrepareParams& p, void* stream) 
   with_element(dtype, [&](auto element) {
     using Kernel = BackwardPrepare<decltype(element)>;
     const int64_t rows = int64_t{p.total_q} * p.heads;
-    const auto blocks = static_cast<uint32_t>(ceil_div(rows, int64_t{Kernel::kBlockRows}));
+    const int64_t block_rows = Kernel::block_rows(p.value_dim);
+    const auto blocks = static_cast<uint32_t>(ceil_div(rows, block_rows));
     ptx::launch<Kernel>("attention_backward_prepare", blocks, 0, p, stream);
   });
 }

@@ -83,7 +83,7 @@ struct BackwardQuery {
   VARSTREAM_DEVICE RowStatistics statistics(int32_t r) const {
     if (r >= work_->rows) return {INFINITY, 0.0f};
     const RowPlace at = order().at(r);
-    return p_.statistics[(int64_t{work_->sequence.q0} + at.query) * p_.forward.heads + at.head];
+    return p_.statistics[int64_t{work_->sequence.q0 + at.query} * p_.forward.heads + at.head];
   }
 
   VARSTREAM_DEVICE void walk(Dq& dq) const {
@@ -114,7 +114,7 @@ struct BackwardQuery {
       tile::clear(dscores);
       tile::multiply<Traits::kValueDim / 16, kAlong, kAlong>(
           dscores, dout_, warp_row(), v_, 0, lane());
-      weights_to_gradients<Traits::kModified>(dscores, scores, slopes, 0, delta, p_.forward);
+      weights_to_gradients<Traits::kModified>(dscores, scores, slopes, delta, p_.forward);
       tile::Operand<1, kKeys / 16> operand;
       tile::round_to_operand<Element>(dscores, operand);
       tile::multiply_operand_by_columns(dq, operand, k_, lane());

@@ -57,13 +57,11 @@ VARSTREAM_DEVICE void scores_to_weights(tile::Accumulator<Tiles, Columns>& score
   }
 }
 
-// dp = dout v becomes the gradient of q k, short of the softmax scale: weight * (dp - delta). dp
-// holds the columns of the weights from `first` on.
-template <bool Modified, int Tiles, int Columns, int AllColumns>
+// dp = dout v becomes the gradient of q k, short of the softmax scale: weight * (dp - delta).
+template <bool Modified, int Tiles, int Columns>
 VARSTREAM_DEVICE void weights_to_gradients(tile::Accumulator<Tiles, Columns>& dp,
-                                           const tile::Accumulator<Tiles, AllColumns>& weights,
-                                           const tile::Accumulator<Tiles, AllColumns>& slopes,
-                                           int first,
+                                           const tile::Accumulator<Tiles, Columns>& weights,
+                                           const tile::Accumulator<Tiles, Columns>& slopes,
                                            const LaneRows<Tiles>& deltas,
                                            const ForwardParams& p) {
   VARSTREAM_UNROLL
@@ -72,11 +70,11 @@ VARSTREAM_DEVICE void weights_to_gradients(tile::Accumulator<Tiles, Columns>& dp
     for (int n = 0; n < Columns; ++n) {
       VARSTREAM_UNROLL
       for (int e = 0; e < 4; ++e) {
-        const float weight = weights[i][first + n][e], delta = deltas.of[i][e / 2];
+        const float weight = weights[i][n][e], delta = deltas.of[i][e / 2];
         if constexpr (Modified) {
           const float kept = weight < 0.0f ? 0.0f : p.keep_scale;
           const float gradient = fabsf(weight) * (dp[i][n][e] * kept - delta);
-          dp[i][n][e] = p.softcap > 0.0f ? gradient * slopes[i][first + n][e] : gradient;
+          dp[i][n][e] = p.softcap > 0.0f ? gradient * slopes[i][n][e] : gradient;
         } else {
           dp[i][n][e] = weight * (dp[i][n][e] - delta);
         }

@@ -110,7 +110,6 @@ struct BackwardTraits : BackwardTile<Dim, Modified, Small> {
   // A warp's share of each product: 16-row tiles and 8-column tiles of its accumulators.
   static constexpr int kScoreTiles = Tile::kRows / Tile::kScoreRowWarps / 16;
   static constexpr int kScoreColumns = Tile::kKeys / (Tile::kWarps / Tile::kScoreRowWarps) / 8;
-  static constexpr int kScoreParts = kScoreTiles * kScoreColumns > 4 && kScoreColumns > 2 ? 2 : 1;
   static constexpr int kKeyTiles = Tile::kKeys / Tile::kKeyWarps / 16;
   static constexpr int kKeyColumns = Dim / (Tile::kWarps / Tile::kKeyWarps) / 8;
   static constexpr int kValueColumns = ValueDim / (Tile::kWarps / Tile::kKeyWarps) / 8;

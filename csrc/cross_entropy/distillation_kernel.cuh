@@ -236,13 +236,14 @@ struct Distillation {
                                         int32_t at,
                                         const LogitMap& map,
                                         RowSums<false>& sums) {
-    float z[kValues];
+    float z[kValues], slopes[kValues];
     unpack_word<float>(word, z);
+    const int32_t column = at * kValues, count = classes - column;
+    logits_of<true>(z, slopes, column, count, map);
     float top = sums.top;
     VARSTREAM_UNROLL
     for (int i = 0; i < kValues; ++i) {
-      const int32_t column = at * kValues + i;
-      z[i] = column < classes ? logit_of<true>(z[i], column, map).z : -INFINITY;
+      if (i >= count) z[i] = -INFINITY;
       top = fmaxf(top, z[i]);
     }
     sums.raise(top);
@@ -265,13 +266,16 @@ struct Distillation {
     if (at >= pair.student.end) return;
     unpack_word<float>(pair.student.slot(number), student);
     unpack_word<float>(pair.teacher.slot(number), teacher);
+    const int32_t column = at * kValues, count = p.classes - column;
+    float slopes[kValues], unused[kValues];
+    logits_of<true>(student, slopes, column, count, p.student_logits);
+    logits_of<true>(teacher, unused, column, count, p.teacher_logits);
     VARSTREAM_UNROLL
     for (int i = 0; i < kValues; ++i) {
-      const int32_t column = at * kValues + i;
-      if (column >= p.classes) continue;
-      const Logit z = logit_of<true>(student[i], column, p.student_logits);
-      const Logit y = logit_of<true>(teacher[i], column, p.teacher_logits);
-      visit(i, chance_of(pair.logp(z.z), pair.logq(y.z), p.divergence, p.beta), z.slope);
+      if (i >= count) continue;
+      const Chance chance =
+          chance_of(pair.logp(student[i]), pair.logq(teacher[i]), p.divergence, p.beta);
+      visit(i, chance, slopes[i]);
     }
   }
 

@@ -29,4 +29,36 @@ VARSTREAM_DEVICE Logit logit_of(float value, int32_t column, const LogitMap& map
   return {ptx::rounded_product(value, map.scale), map.slope};
 }
 
+// The same of a word's Values values, those of `column` on, in place; of `count` of them there are
+// classes, what the others become means nothing. Options are decided once for all of them.
+template <bool Modified, int Values>
+VARSTREAM_DEVICE void logits_of(float (&values)[Values],
+                                float (&slopes)[Values],
+                                int32_t column,
+                                int32_t count,
+                                const LogitMap& map) {
+  if constexpr (Modified) {
+    if (map.bias != nullptr) {
+      VARSTREAM_UNROLL
+      for (int i = 0; i < Values; ++i) {
+        if (i < count) values[i] += map.bias[column + i];
+      }
+    }
+    if (map.cap_scale != 0.0f) {
+      VARSTREAM_UNROLL
+      for (int i = 0; i < Values; ++i) {
+        const float u = tanhf(values[i] * map.scale);
+        values[i] = ptx::rounded_product(map.cap_scale, u);
+        slopes[i] = map.slope * (1.0f - u * u);
+      }
+      return;
+    }
+  }
+  VARSTREAM_UNROLL
+  for (int i = 0; i < Values; ++i) {
+    values[i] = ptx::rounded_product(values[i], map.scale);
+    slopes[i] = map.slope;
+  }
+}
+
 }  // namespace varstream::cross_entropy

@@ -172,13 +172,14 @@ struct Softmax {
                                         const Vec<kWordBytes>& word,
                                         int32_t column,
                                         Sums& sums) {
-    float z[kValues];
+    float z[kValues], slopes[kValues];
     unpack_word<Element>(word, z);
     const int32_t count = p.classes - column;  // more than kValues but for the last word
+    logits_of<kModified>(z, slopes, column, count, p.logits);
     float top = sums.top;
     VARSTREAM_UNROLL
     for (int i = 0; i < kValues; ++i) {
-      z[i] = i < count ? logit_of<kModified>(z[i], column + i, p.logits).z : -INFINITY;
+      if (i >= count) z[i] = -INFINITY;
       if constexpr (kModified) {
         if (z[i] > top) sums.argmax = column + i;
       }
@@ -191,19 +192,49 @@ struct Softmax {
     for (int i = 0; i < kValues; ++i) {
       const float below = z[i] - base, e = exp_approx(below);
       total += e;
-      if constexpr (kModified) add_modified(p, column + i, i < count, below, e, sums);
+      if constexpr (kModified) {
+        if (e != 0.0f) sums.moment += e * below;
+        sums.squares += e * e;
+        z[i] = below;
+      }
     }
     sums.total += total;
+    if constexpr (kModified) add_weights(p, z, column, count, sums);
   }
 
-  static VARSTREAM_DEVICE void add_modified(
-      const Params& p, int32_t column, bool inside, float below, float e, RowSums<true>& sums) {
-    if (e != 0.0f) sums.moment += e * below;
-    sums.squares += e * e;
-    if (!inside) return;
-    const float w = p.class_weight == nullptr ? 1.0f : p.class_weight[column];
-    if (w != 0.0f) sums.gap -= w * below;  // a class with logit -inf and weight 0 adds nothing
-    sums.weight += w;
+  static VARSTREAM_DEVICE void add_weights(const Params& p,
+                                           const float (&below)[kValues],
+                                           int32_t column,
+                                           int32_t count,
+                                           RowSums<true>& sums) {
+    if (p.class_weight == nullptr) {
+      VARSTREAM_UNROLL
+      for (int i = 0; i < kValues; ++i) {
+        if (i < count) sums.gap -= below[i];
+      }
+      sums.weight += static_cast<float>(count < kValues ? count : kValues);
+      return;
+    }
+    VARSTREAM_UNROLL
+    for (int i = 0; i < kValues; ++i) {
+      const float w = i < count ? p.class_weight[column + i] : 0.0f;
+      if (w != 0.0f) sums.gap -= w * below[i];  // weight 0, logit -inf: adds nothing
+      sums.weight += w;
+    }
+  }
+
+  // Of a word's classes, 0 past the last.
+  static VARSTREAM_DEVICE void weights_of(const Params& p,
+                                          int32_t column,
+                                          int32_t count,
+                                          float (&w)[kValues]) {
+    VARSTREAM_UNROLL
+    for (int i = 0; i < kValues; ++i) w[i] = i < count ? 1.0f : 0.0f;
+    if (p.class_weight == nullptr) return;
+    VARSTREAM_UNROLL
+    for (int i = 0; i < kValues; ++i) {
+      if (i < count) w[i] = p.class_weight[column + i];
+    }
   }
 
   static VARSTREAM_DEVICE Row finish(const Params& p, int64_t row, const Sums& sums) {
@@ -313,16 +344,7 @@ struct Softmax {
         const int32_t at = share.word_at(first + u);
         if (at >= share.end) continue;
         unpack_word<Element>(share.slot(first + u), g[u]);
-        VARSTREAM_UNROLL
-        for (int i = 0; i < kValues; ++i) {
-          const int32_t column = at * kValues + i;
-          if constexpr (kModified) {
-            g[u][i] = column < p.classes ? entry(p, g[u][i], column, known) : 0.0f;
-          } else {
-            const float z = logit_of<kModified>(g[u][i], column, p.logits).z;
-            g[u][i] = plain * exp_approx(z - known.base);
-          }
-        }
+        entries(p, at * kValues, known, plain, g[u]);
       }
       // All threads hold their values of this step before any of them is covered.
       if (kNarrows && !share.kept) ptx::sync_block();
@@ -334,19 +356,37 @@ struct Softmax {
     });
   }
 
-  // An entry of G apart from its share of the targets.
-  static VARSTREAM_DEVICE float entry(const Params& p,
-                                      float value,
-                                      int32_t column,
-                                      const Row& known) {
-    const Logit logit = logit_of<kModified>(value, column, p.logits);
-    const float logp = known.logp(logit.z), e = known.p(logit.z);
-    float g = known.factor * e;
-    if (known.entropy_factor != 0.0f && e != 0.0f) g -= known.entropy_factor * e * logp;
-    if (known.smooth != 0.0f) {
-      g -= known.smooth * (p.class_weight == nullptr ? 1.0f : p.class_weight[column]);
+  // A word of values becomes entries of G apart from their share of the targets.
+  static VARSTREAM_DEVICE void entries(
+      const Params& p, int32_t column, const Row& known, float plain, float (&g)[kValues]) {
+    const int32_t count = p.classes - column;
+    float slopes[kValues];
+    logits_of<kModified>(g, slopes, column, count, p.logits);
+    if constexpr (!kModified) {
+      VARSTREAM_UNROLL
+      for (int i = 0; i < kValues; ++i) g[i] = plain * exp_approx(g[i] - known.base);
+      return;
     }
-    return g * logit.slope;
+    float z[kValues], e[kValues];
+    VARSTREAM_UNROLL
+    for (int i = 0; i < kValues; ++i) {
+      z[i] = g[i], e[i] = known.p(z[i]);
+      g[i] = known.factor * e[i];
+    }
+    if (known.entropy_factor != 0.0f) {
+      VARSTREAM_UNROLL
+      for (int i = 0; i < kValues; ++i) {
+        if (e[i] != 0.0f) g[i] -= known.entropy_factor * e[i] * known.logp(z[i]);
+      }
+    }
+    if (known.smooth != 0.0f) {
+      float w[kValues];
+      weights_of(p, column, count, w);
+      VARSTREAM_UNROLL
+      for (int i = 0; i < kValues; ++i) g[i] -= known.smooth * w[i];
+    }
+    VARSTREAM_UNROLL
+    for (int i = 0; i < kValues; ++i) g[i] = i < count ? g[i] * slopes[i] : 0.0f;
   }
 
   // The targets' entries once more, from p - 1 without a rounding of p, in fp32 until stored.

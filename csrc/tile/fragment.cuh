@@ -81,7 +81,7 @@ VARSTREAM_DEVICE void multiply_operand_by_columns(Accumulator<Tiles, Columns>& d
     VARSTREAM_UNROLL
     for (int n = 0; n < Columns; n += 2) {
       uint32_t b_regs[4];
-      ptx::ldmatrix_x4<true>(b_regs, b.chunk_beside(16 * step + lane % 16, lane / 16, n));
+      ptx::ldmatrix_x4<true>(b_regs, b.past(b.place(lane % 16, lane / 16), 16 * step, n));
       const uint32_t even[2] = {b_regs[0], b_regs[1]}, odd[2] = {b_regs[2], b_regs[3]};
       VARSTREAM_UNROLL
       for (int i = 0; i < Tiles; ++i) {

@@ -15,11 +15,14 @@ namespace varstream::tile {
 // How an operand lies: its product index runs along the tile's rows, or down its columns.
 enum class Read { kAlong, kAcross };
 
-// The chunk two times `part` past `chunk`, the cheaper way where Parts lets bits be disjoint.
-template <int Parts, typename Tile>
-VARSTREAM_DEVICE auto* chunk_of_part(const Tile& tile, int row, int chunk, int part) {
-  if constexpr ((Parts & (Parts - 1)) == 0) return tile.chunk_beside(row, chunk, 2 * part);
-  return tile.chunk(row, chunk + 2 * part);
+// The chunk `rows` rows and `part` times Width chunks past the one at (row, chunk). Where Parts is
+// a power of two, chunk is a multiple of Width Parts (or 1 past it, Width being 2): no common bits.
+template <int Parts, int Width, typename Tile>
+VARSTREAM_DEVICE auto* chunk_of_part(const Tile& tile, int row, int chunk, int rows, int part) {
+  if constexpr ((Parts & (Parts - 1)) == 0) {
+    return tile.past(tile.place(row, chunk), rows, Width * part);
+  }
+  return tile.past(tile.place(row, chunk + Width * part), rows, 0);
 }
 
 // Four 8x8 matrices of an operand: 16 rows (first operand) or columns (second) of d, `part` of
@@ -30,10 +33,11 @@ template <Read How, int Parts, typename Tile>
 VARSTREAM_DEVICE void load_first(
     uint32_t (&regs)[4], const Tile& tile, int begin, int part, int step, int lane) {
   if constexpr (How == Read::kAlong) {
-    ptx::ldmatrix_x4(regs, tile.chunk_beside(begin + 16 * part + lane % 16, lane / 16, 2 * step));
+    const auto from = tile.place(begin + lane % 16, lane / 16);
+    ptx::ldmatrix_x4(regs, tile.past(from, 16 * part, 2 * step));
   } else {
-    const int row = 16 * step + lane / 16 * 8 + lane % 8, chunk = begin / 8 + lane / 8 % 2;
-    ptx::ldmatrix_x4<true>(regs, chunk_of_part<Parts>(tile, row, chunk, part));
+    const int row = lane / 16 * 8 + lane % 8, chunk = begin / 8 + lane / 8 % 2;
+    ptx::ldmatrix_x4<true>(regs, chunk_of_part<Parts, 2>(tile, row, chunk, 16 * step, part));
   }
 }
 
@@ -41,12 +45,20 @@ template <Read How, int Parts, typename Tile>
 VARSTREAM_DEVICE void load_second(
     uint32_t (&regs)[4], const Tile& tile, int begin, int part, int step, int lane) {
   if constexpr (How == Read::kAlong) {
-    const int row = begin + 16 * part + lane / 16 * 8 + lane % 8;
-    ptx::ldmatrix_x4(regs, tile.chunk_beside(row, lane / 8 % 2, 2 * step));
+    const auto from = tile.place(begin + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    ptx::ldmatrix_x4(regs, tile.past(from, 16 * part, 2 * step));
   } else {
-    const int row = 16 * step + lane % 16, chunk = begin / 8 + lane / 16;
-    ptx::ldmatrix_x4<true>(regs, chunk_of_part<Parts>(tile, row, chunk, part));
+    const int row = lane % 16, chunk = begin / 8 + lane / 16;
+    ptx::ldmatrix_x4<true>(regs, chunk_of_part<Parts, 2>(tile, row, chunk, 16 * step, part));
   }
+}
+
+// Steps in the order in which they are taken: those that lie a constant apart, 8 chunks (4 where
+// rows have 12), follow each other, so that fewer addresses are held at once.
+template <int Steps>
+VARSTREAM_HOST_DEVICE constexpr int step_at(int i) {
+  if constexpr (Steps == 6) return i % 3 * 2 + i / 3;
+  return Steps % 8 == 0 ? i % 2 * (Steps / 2) + i / 2 : i;
 }
 
 // d += a b over 16 Steps of the product index.
@@ -61,7 +73,8 @@ VARSTREAM_DEVICE void multiply(Accumulator<Tiles, Columns>& d,
   static_assert(Columns % 2 == 0);
   using Element = typename TileA::Element;
   VARSTREAM_UNROLL
-  for (int step = 0; step < Steps; ++step) {
+  for (int s = 0; s < Steps; ++s) {
+    const int step = step_at<Steps>(s);
     uint32_t a_regs[Tiles][4];
     VARSTREAM_UNROLL
     for (int i = 0; i < Tiles; ++i) {
@@ -81,7 +94,8 @@ VARSTREAM_DEVICE void multiply(Accumulator<Tiles, Columns>& d,
   }
 }
 
-// Rounds change(value) of a warp's accumulators into a tile, from `row` and `column` on.
+// Rounds change(value) of a warp's accumulators into a tile, from `row` and `column` on, multiples
+// of 16 and of 8 Columns.
 template <int Tiles, int Columns, typename Tile, typename Change>
 VARSTREAM_DEVICE void store_changed(const Accumulator<Tiles, Columns>& d,
                                     const Tile& tile,
@@ -95,7 +109,8 @@ VARSTREAM_DEVICE void store_changed(const Accumulator<Tiles, Columns>& d,
     for (int n = 0; n < Columns; ++n) {
       VARSTREAM_UNROLL
       for (int h = 0; h < 2; ++h) {
-        auto* at = tile.chunk(row + 16 * i + 8 * h + lane / 4, column / 8 + n) + 2 * (lane % 4);
+        auto* at = chunk_of_part<Columns, 1>(tile, row + lane / 4, column / 8, 16 * i + 8 * h, n) +
+                   2 * (lane % 4);
         *reinterpret_cast<uint32_t*>(at) =
             pack_pair<typename Tile::Element>(change(d[i][n][2 * h]), change(d[i][n][2 * h + 1]));
       }

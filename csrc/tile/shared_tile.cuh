@@ -9,11 +9,13 @@
 #include "common/macros.h"
 #include "common/vec.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/opaque.cuh"
 #include "tile/swizzle.cuh"
 
 namespace varstream::tile {
 
-inline constexpr int kChunkElements = 8;  // 16 bytes of 16-bit values
+inline constexpr int kChunkElements = 8;  // 16-bit values
+inline constexpr int kChunkBytes = 16;
 
 // Rows x Columns, each row in chunks of 8 values.
 template <typename Element_, int Rows, int Columns>
@@ -32,35 +34,58 @@ struct SharedTile {
     return data + (row * kChunks + swizzled<kChunks>(row, chunk)) * kChunkElements;
   }
 
-  // chunk(row, chunk + delta) where delta is known to the compiler and shares no bit with chunk:
-  // one exclusive or away from chunk(row, chunk), as swizzling is one as well.
-  VARSTREAM_DEVICE Element* chunk_beside(int row, int chunk, int delta) const {
-    constexpr int kSpan = kChunks % 8 == 0 ? 8 : 4, kBytes16 = 16;
-    const int bytes = (row * kChunks + swizzled<kChunks>(row, chunk)) * kBytes16;
-    const int flipped = bytes ^ (delta % kSpan * kBytes16);
+  // Where a lane's accesses to the tile start. Those that follow lie at constants from there.
+  struct Place {
+    int bytes;  // into the tile
 #if defined(VARSTREAM_EMULATED)
-    if ((chunk & delta) != 0) throw std::logic_error("chunk_beside: chunk and delta share a bit");
+    int row, chunk;
 #endif
-    return reinterpret_cast<Element*>(reinterpret_cast<uint8_t*>(data) + flipped +
-                                      delta / kSpan * kSpan * kBytes16);
+  };
+
+  VARSTREAM_DEVICE static Place place(int row, int chunk) {
+    const int bytes = (row * kChunks + swizzled<kChunks>(row, chunk)) * kChunkBytes;
+#if defined(VARSTREAM_EMULATED)
+    return {bytes, row, chunk};
+#else
+    return {bytes};
+#endif
+  }
+
+  // The chunk `rows` rows and `delta` chunks past a place, both known to the compiler: rows a
+  // multiple of 8, so that swizzling does not see them, delta of no bit that the place's chunk has.
+  // What is not a constant is one exclusive or, the same for all rows.
+  VARSTREAM_DEVICE Element* past(const Place& from, int rows, int delta) const {
+    constexpr int kSpan = kChunks % 8 == 0 ? 8 : 4;
+    const int bytes = from.bytes ^ (delta % kSpan * kChunkBytes);
+    auto* at = reinterpret_cast<Element*>(reinterpret_cast<uint8_t*>(data) + bytes +
+                                          (rows * kChunks + delta / kSpan * kSpan) * kChunkBytes);
+#if defined(VARSTREAM_EMULATED)
+    if (at != chunk(from.row + rows, from.chunk + delta)) {
+      throw std::logic_error("past: rows or chunks that are not at a constant");
+    }
+#endif
+    return at;
   }
 };
 
-// Starts copying one row's share of this thread: `from` points at `columns` values (a multiple of
-// 8, 16-byte aligned); where !valid the row becomes zero and nothing is read.
+// Starts copying this thread's share of the row that is `rows` past `to`, its first chunk in the
+// tile, a multiple of 8: `from` points at `columns` values (a multiple of 8, 16-byte aligned);
+// where !valid the row becomes zero and nothing is read.
 template <typename Tile>
 VARSTREAM_DEVICE void copy_row_async(const Tile& tile,
-                                     int row,
+                                     const typename Tile::Place& to,
+                                     int rows,
                                      int thread,
                                      int columns,
                                      const typename Tile::Element* from,
                                      bool valid) {
   constexpr int kLanes = kCopyLanes<Tile::kChunks>;
+  const int first = thread % kLanes * kChunkElements;
+  from = ptx::settled(from + first);
   VARSTREAM_UNROLL
-  for (int j = 0; j < Tile::kChunks / kLanes; ++j) {
-    const int chunk = thread % kLanes + j * kLanes;
-    const bool take = valid && chunk * kChunkElements < columns;
-    ptx::cp_async_16(tile.chunk(row, chunk), from + chunk * kChunkElements, take);
+  for (int j = 0; j < Tile::kChunks; j += kLanes) {
+    const bool take = valid && first + j * kChunkElements < columns;
+    ptx::cp_async_16(tile.past(to, rows, j), from + j * kChunkElements, take);
   }
 }
 
@@ -73,14 +98,14 @@ VARSTREAM_DEVICE void copy_rows_async(const Tile& tile,
                                       int64_t stride,
                                       int rows,
                                       int columns) {
-  constexpr int kStep = Threads / kCopyLanes<Tile::kChunks>;
-  static_assert(Threads % kCopyLanes<Tile::kChunks> == 0 && Tile::kRows % kStep == 0);
-  int row = thread / kCopyLanes<Tile::kChunks>;
+  constexpr int kLanes = kCopyLanes<Tile::kChunks>, kStep = Threads / kLanes;
+  static_assert(kStep % 8 == 0 && Tile::kRows % kStep == 0);
+  const int row = thread / kLanes;
+  const auto to = tile.place(row, thread % kLanes);
   from += row * stride;
   VARSTREAM_UNROLL
-  for (int i = 0; i < Tile::kRows / kStep; ++i) {
-    copy_row_async(tile, row, thread, columns, from, row < rows);
-    row += kStep;
+  for (int i = 0; i < Tile::kRows; i += kStep) {
+    copy_row_async(tile, to, i, thread, columns, from, row + i < rows);
     from += kStep * stride;
   }
 }
@@ -89,12 +114,13 @@ VARSTREAM_DEVICE void copy_rows_async(const Tile& tile,
 template <int Threads, typename Tile, typename Source>
 VARSTREAM_DEVICE void gather_rows_async(
     const Tile& tile, int thread, int rows, int columns, const Source& source) {
-  constexpr int kStep = Threads / kCopyLanes<Tile::kChunks>;
-  static_assert(Threads % kCopyLanes<Tile::kChunks> == 0 && Tile::kRows % kStep == 0);
+  constexpr int kLanes = kCopyLanes<Tile::kChunks>, kStep = Threads / kLanes;
+  static_assert(kStep % 8 == 0 && Tile::kRows % kStep == 0);
+  const auto to = tile.place(thread / kLanes, thread % kLanes);
   VARSTREAM_UNROLL
-  for (int i = 0; i < Tile::kRows / kStep; ++i) {
-    const int row = thread / kCopyLanes<Tile::kChunks> + i * kStep;
-    copy_row_async(tile, row, thread, columns, source(row < rows ? row : 0), row < rows);
+  for (int i = 0; i < Tile::kRows; i += kStep) {
+    const int row = thread / kLanes + i;
+    copy_row_async(tile, to, i, thread, columns, source(row < rows ? row : 0), row < rows);
   }
 }
 
@@ -106,16 +132,16 @@ VARSTREAM_DEVICE void store_rows(
   constexpr int kLanes = kCopyLanes<Chunks>;
   constexpr int kStep = 32 / kLanes;
   static_assert(Rows % kStep == 0);
+  const int own = lane % kLanes * kChunkElements;
   VARSTREAM_UNROLL
-  for (int i = 0; i < Rows / kStep; ++i) {
-    const int row = first + lane / kLanes + i * kStep;
+  for (int i = 0; i < Rows; i += kStep) {
+    const int row = first + lane / kLanes + i;
     auto* to = target(row);
     VARSTREAM_UNROLL
-    for (int j = 0; j < Chunks / kLanes; ++j) {
-      const int chunk = lane % kLanes + j * kLanes;
-      if (to == nullptr || chunk * kChunkElements >= columns) continue;
-      *reinterpret_cast<Vec<16>*>(to + chunk * kChunkElements) =
-          *reinterpret_cast<const Vec<16>*>(tile.chunk(row, chunk));
+    for (int j = 0; j < Chunks; j += kLanes) {
+      if (to == nullptr || own + j * kChunkElements >= columns) continue;
+      *reinterpret_cast<Vec<16>*>(to + own + j * kChunkElements) =
+          *reinterpret_cast<const Vec<16>*>(tile.chunk(row, lane % kLanes + j));
     }
   }
 }

@@ -144,33 +144,46 @@ def head_calls(sources: list[Path]) -> list[str]:
     return calls
 
 
-def traits(sources: list[Path]) -> list[dict[str, Any]]:
-    """Threads, shared memory and tiles of each kernel, printed by a program with its headers."""
+def attention_calls(sources: list[Path], function: str) -> str:
+    """Calls of a function of the constants of attention's instances."""
+    named = [re.fullmatch(r"forward_[a-z]+16_(\d+)_(\d+)", s.stem) for s in sources]
+    dims = {(int(found[1]), int(found[2])) for found in named if found}
+    return "\n".join(
+        f"  {function}<{dim}, {value_dim}, {modified}>();"
+        for dim, value_dim in sorted(dims)
+        for modified in ("false", "true")
+    )
+
+
+def host_program(name: str, values: dict[str, str]) -> Path:
+    """The program of `name`.cpp.in with the kernels' headers, its @names@ filled in."""
     toolkit = headers()
     if toolkit is None:
         raise BuildError("needs the CUDA toolkit's headers")
-    named = [re.fullmatch(r"forward_[a-z]+16_(\d+)_(\d+)", s.stem) for s in sources]
-    dims = {(int(found[1]), int(found[2])) for found in named if found}
-    calls = [
-        f"  print_attention<{dim}, {value_dim}, {modified}>();"
-        for dim, value_dim in sorted(dims)
-        for modified in ("false", "true")
-    ]
-    text = (TOOLS / "kernel_traits.cpp.in").read_text()
-    text = text.replace("@attention_instances@", "\n".join(calls))
-    limits = [f'{{"{n}", {d.block_shared}, {d.cluster}}}' for n, d in DEVICES.items()]
-    text = text.replace("@devices@", ", ".join(limits))
-    text = text.replace("@vocabularies@", ", ".join(map(str, VOCABULARIES)))
-    text = text.replace("@head_instances@", "\n".join(head_calls(sources)))
-    source, program = CACHE / "kernel_traits.cpp", CACHE / "kernel_traits"
-    stamp = CACHE / "kernel_traits.digest"
+    text = (TOOLS / f"{name}.cpp.in").read_text()
+    for key, value in values.items():
+        text = text.replace(f"@{key}@", value)
+    source, program, stamp = (CACHE / f"{name}{end}" for end in (".cpp", "", ".digest"))
     source.write_text(text)
     wanted = digest_of(source)
     if not stamp.is_file() or stamp.read_text() != wanted:
         flags = ["-std=c++17", "-O1", "-DVARSTREAM_EMULATED", f"-I{CSRC}", "-isystem", str(toolkit)]
         output_of("g++", *flags, source, "-o", program)
         stamp.write_text(wanted)
-    return [json.loads(line) for line in output_of(program).splitlines()]
+    return program
+
+
+def traits(sources: list[Path]) -> list[dict[str, Any]]:
+    """Threads, shared memory and tiles of each kernel, printed by a program with its headers."""
+    limits = [f'{{"{n}", {d.block_shared}, {d.cluster}}}' for n, d in DEVICES.items()]
+    values = {
+        "attention_instances": attention_calls(sources, "print_attention"),
+        "devices": ", ".join(limits),
+        "vocabularies": ", ".join(map(str, VOCABULARIES)),
+        "head_instances": "\n".join(head_calls(sources)),
+    }
+    answer = output_of(host_program("kernel_traits", values))
+    return [json.loads(line) for line in answer.splitlines()]
 
 
 # --- compiling ------------------------------------------------------------------------------------

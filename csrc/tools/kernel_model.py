@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import kernel_head_model
+import kernel_pass_model
 
 NOTES = Path(__file__).resolve().parents[2] / "bench/NOTES.md"
 END = "<!-- end -->"
@@ -32,9 +33,10 @@ class Gpu:
 
 A100 = Gpu("A100", "sm_80", 108, 312, 8, 8, LANES_16)
 H100 = Gpu("H100", "sm_90", 132, 989, 4, 4 / 0.63, LANES_32)
-KINDS = [f"bf16 {d}/{d} {kind}" for d in (64, 128) for kind in ("plain", "modified")]
-TABLES = {"forward": [A100], "backward": [A100, H100]}
-SECTIONS = (*TABLES, "head rows", "head options", "head chunks", "head calls")
+HEAD_DIMS = ("32/32", "64/64", "96/96", "128/128", "192/128", "192/192", "256/256")
+KINDS = [f"bf16 {dims} {kind}" for dims in HEAD_DIMS for kind in ("plain", "modified")]
+TABLES = ("forward", "backward", "backward_query")
+SECTIONS = (*TABLES, "row passes", "head rows", "head options", "head chunks", "head calls")
 
 
 def begin(name: str) -> str:
@@ -69,7 +71,7 @@ def cells(gpu: Gpu, row: dict[str, Any]) -> dict[str, str]:
     """One row of a table, by column."""
     busy, (rows, keys) = cycles(gpu, row["sass"]), row["tile"]
     _, _, dims, kind = row["kernel"].split()
-    backward = row["kernel"].startswith("attention_backward")
+    backward = row["kernel"].startswith("attention_backward ")
     walked = rows if backward else keys  # a block walks tiles of Q and dO, or of K and V
     blocks, warps = row["blocks_per_sm"][gpu.arch], row["threads"] // 32
     low, high = share(gpu, busy, row["sass"]["tile"]["HMMA"])
@@ -79,7 +81,9 @@ def cells(gpu: Gpu, row: dict[str, Any]) -> dict[str, str]:
     found = {
         "head dims": f"{dims} {kind}",
         "tile": f"{rows} x {keys}",
+        "registers": f"{row['registers']}",
         "blocks per SM": f"{blocks} ({blocks * warps} warps)",
+        "LDSM to HMMA": f"{row['sass']['LDSM']} to {row['sass']['HMMA']}",
         f"{'Q and dO' if backward else 'K and V'} a tile, a cycle of tensor work": (
             f"{tile_bytes >> 10} KB, {rate:.0f} B"
         ),
@@ -95,7 +99,8 @@ def cells(gpu: Gpu, row: dict[str, Any]) -> dict[str, str]:
         )
         found["sectors of dQ"] = f"{sectors:.0f}"
     found["of the tensor peak"] = f"{low:.0%} to {high:.0%}"
-    found["TFLOP/s"] = f"{low * gpu.peak:.0f} to {high * gpu.peak:.0f}"
+    if not row["kernel"].startswith("attention_backward_query"):  # it makes products once more
+        found["TFLOP/s"] = f"{low * gpu.peak:.0f} to {high * gpu.peak:.0f}"
     return found
 
 
@@ -109,7 +114,9 @@ def table_lines(name: str, gpu: Gpu, table: list[dict[str, Any]]) -> list[str]:
 def section(name: str, table: list[dict[str, Any]], traits: dict[str, dict[str, Any]]) -> str:
     """A section of bench/NOTES.md, from the rows of budgets.json and the kernels' constants."""
     if name in TABLES:
-        lines = [line for gpu in TABLES[name] for line in table_lines(name, gpu, table)][:-1]
+        lines = [line for gpu in (A100, H100) for line in table_lines(name, gpu, table)][:-1]
+    elif name == "row passes":
+        lines = kernel_pass_model.lines(table)
     else:
         lines = kernel_head_model.sections(table, traits)[name]
     return "\n".join([begin(name), *lines, END])

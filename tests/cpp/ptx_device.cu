@@ -58,7 +58,7 @@ struct Everything {
       ptx::barrier_sync(1, kThreads);
     }
     x += static_cast<float>(ptx::add_shared(slots, 1));
-    ptx::add_atomic(p.to + tid, x + static_cast<float>(blocks));
+    ptx::add_atomic(ptx::settled(p.to) + tid, x + static_cast<float>(blocks));
     if (ptx::adds_four_at_once<true>()) x += 1;
     ptx::add_atomic_4(p.to + 4 * tid, d[0], d[1], d[2], d[3]);
   }
