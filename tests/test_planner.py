@@ -47,7 +47,7 @@ def check(model: Any, batch: dict[str, Any], plan: MemoryPlan, **options: Any) -
 # config, lengths of packed documents, dtype, chunk, the moment of the peak
 CASES = {
     "llama, deep and narrow": (
-        LlamaConfig(**sizes(64, 128, 8, 2, 1, 500)), [2000], torch.float32, "auto", "backward"
+        LlamaConfig(**sizes(64, 128, 8, 2, 1, 500)), [700], torch.float32, 256, "backward"
     ),
     "llama, small chunks of a wide model": (
         LlamaConfig(**sizes(384, 1024, 2, 6, 6, 500)), [700], torch.float32, 128, "backward"
@@ -64,47 +64,47 @@ CASES = {
             **sizes(64, 128, 2, 8, 2, 500),
             use_sliding_window=True, sliding_window=200, max_window_layers=0,
         ),
-        [900], torch.float32, 512, "attention's backward",
+        [512], torch.float32, 256, "attention's backward",
     ),
     "qwen3, wide attention": (
         Qwen3Config(**sizes(64, 96, 2, 8, 4, 500), head_dim=64),
-        [2000], torch.float32, 512, "attention's backward",
+        [1200], torch.float32, 256, "attention's backward",
     ),
     "qwen3, bfloat16, many documents": (
-        Qwen3Config(**sizes(256, 512, 2, 8, 4, 2000), head_dim=32),
-        [130] * 10, BF16, 512, "backward",
+        Qwen3Config(**sizes(256, 512, 2, 8, 4, 500), head_dim=32),
+        [128] * 4, BF16, 256, "backward",
     ),
     "gemma 2, softcap": (
-        Gemma2Config(**sizes(128, 512, 2, 4, 2, 1000), head_dim=32, sliding_window=300),
-        [800, 300], torch.float32, 512, "backward",
+        Gemma2Config(**sizes(128, 512, 2, 4, 2, 1000), head_dim=32, sliding_window=100),
+        [512], torch.float32, 256, "attention's backward",
     ),
     "gemma 3, two rotary tables": (
-        Gemma3TextConfig(**sizes(128, 512, 6, 4, 2, 1000), head_dim=32, sliding_window=300),
-        [900], BF16, 512, "backward",
+        Gemma3TextConfig(**sizes(128, 512, 6, 4, 2, 1000), head_dim=32, sliding_window=100),
+        [512], BF16, 256, "attention's backward",
     ),
     "gpt-2, dropout": (
-        GPT2Config(n_embd=256, n_head=2, n_layer=2, vocab_size=1000), [500], torch.float32, 256,
+        GPT2Config(n_embd=256, n_head=2, n_layer=2, vocab_size=1000), [300], torch.float32, 128,
         "backward",
     ),
     "phi-3, fused projections": (
-        Phi3Config(**sizes(128, 384, 2, 4, 2, 1000)), [1000], torch.float32, 512, "backward"
+        Phi3Config(**sizes(128, 384, 2, 4, 2, 1000)), [512], torch.float32, 256, "backward"
     ),
     "granite": (
-        GraniteConfig(**sizes(128, 384, 2, 4, 2, 1000)), [1000], BF16, 512, "backward"
+        GraniteConfig(**sizes(128, 384, 2, 4, 2, 300)), [512], BF16, 256, "backward"
     ),
     "olmo 2, norms after": (
-        Olmo2Config(**sizes(128, 384, 2, 4, 2, 1000)), [1000], torch.float32, 512, "backward"
+        Olmo2Config(**sizes(128, 384, 2, 4, 2, 1000)), [512], torch.float32, 256, "backward"
     ),
     "mixtral, experts": (
         MixtralConfig(**sizes(128, 256, 2, 4, 2, 1000), num_local_experts=4),
-        [1000], torch.float32, 512, "backward",
+        [512], torch.float32, 256, "backward",
     ),
-    "qwen3-moe, experts": (
+    "qwen3-moe, router losses": (
         Qwen3MoeConfig(
-            **sizes(128, 256, 2, 4, 2, 1000), head_dim=32,
-            moe_intermediate_size=96, num_experts=8, num_experts_per_tok=2,
+            **sizes(64, 128, 2, 4, 2, 500), head_dim=16, output_router_logits=True,
+            moe_intermediate_size=32, num_experts=64, num_experts_per_tok=2,
         ),
-        [700, 300], torch.float32, 512, "backward",
+        [300, 212], torch.float32, 256, "backward",
     ),
 }  # fmt: skip
 
@@ -162,7 +162,7 @@ def test_a_backbone_alone_returns_padded_rows():
 
 def test_a_budget_of_the_predicted_peak_is_kept():
     """To the byte: the prediction has to lie above what is measured."""
-    for lengths in ([700], [1] * 500, [90] * 11):
+    for lengths in ([400], [1] * 100, [90] * 4):
         model = build(Qwen3Config(**sizes(64, 256, 3, 4, 2, 500), head_dim=16))
         weights = sum(p.numel() * 4 for p in model.parameters())
         plan = plan_memory(model, sum(lengths), longest=max(lengths), optimizer="none")
@@ -177,9 +177,9 @@ def test_frozen_parameters(trained):
     model = build(config)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name)
-    plan = plan_memory(model, 1000, chunk_size=512)
+    plan = plan_memory(model, 512, chunk_size=256)
     assert describe_config(config, None, Mode("frozen", parts=[trained])) == describe(model)
-    check(model, packed([1000], 3000), plan)
+    check(model, packed([512], 3000), plan)
 
 
 ADAPTED = {
@@ -211,20 +211,20 @@ def test_adapters(name):
     names = [targets] if isinstance(targets, str) else targets
     mode = Mode("lora", 8, names[0] if names == ["all-linear"] else names)
     assert describe_config(config, dtype, mode) == describe(model)
-    plan = plan_memory(model, 900, chunk_size=512, optimizer="none")
+    plan = plan_memory(model, 500, chunk_size=256, optimizer="none")
     given = plan_memory(
-        config, 900, chunk_size=512, dtype=dtype, optimizer="none",
+        config, 500, chunk_size=256, dtype=dtype, optimizer="none",
         mode="lora", lora_rank=8, lora_targets=targets,
     )  # fmt: skip
     assert (given.parts, given.mode, plan.mode) == (plan.parts, "lora", "model")
-    check(model, packed([900], config.vocab_size), plan)
+    check(model, packed([500], config.vocab_size), plan)
 
 
 def test_gradients_kept_from_an_earlier_backward():
     model = build(LlamaConfig(**sizes(256, 512, 2, 4, 2, 3000)))
     measure(model, packed([10], 3000))
-    plan = plan_memory(model, 1000, accumulate=True, optimizer="none")
-    check(model, packed([1000], 3000), plan)
+    plan = plan_memory(model, 500, accumulate=True, optimizer="none")
+    check(model, packed([500], 3000), plan)
     weights = sum(p.numel() * 4 for p in model.parameters())
     assert plan.peak_bytes == plan.step_bytes + 2 * weights
 

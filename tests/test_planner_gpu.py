@@ -23,9 +23,11 @@ from varstream.planner.devices import (
     gpu_of_size,
 )
 from varstream.planner.knee import Product, attention_knee, product_knee, words_below
+from varstream.planner.memory import TILES, Step, layer_moments
 from varstream.planner.shapes import describe_config
+from varstream.planner.trace import ATTENTION_BACKWARD
 
-LLAMA_8B = LlamaConfig(**sizes(4096, 14336, 32, 32, 8, 128256), dtype="bfloat16")
+WIDE = LlamaConfig(**sizes(4096, 14336, 3, 32, 8, 32000), dtype="bfloat16")  # layers of an 8B
 QWEN_4B = Qwen3Config(
     **sizes(2560, 9728, 36, 32, 8, 151936), head_dim=128, tie_word_embeddings=True, dtype="bfloat16"
 )
@@ -103,6 +105,7 @@ def test_the_smallest_dimension_and_few_heads_ask_for_the_longest_chunks():
     h100 = GPUS["h100"]
     wide, narrow = Product(4096, 4096, 2, True), Product(4096, 1024, 2, True)
     assert product_knee(narrow, h100) > product_knee(wide, h100)
+    assert knee.knee((Product(64, 64, 2, True),), 32, h100) == 128 * 5  # in the cache
     assert product_knee(wide, h100) > product_knee(wide._replace(trained=False), h100)
     assert attention_knee(32, h100) == 128 * 5  # 132 multiprocessors, 5 blocks of 32 heads
     assert attention_knee(2, h100) == 128 * 66
@@ -119,15 +122,15 @@ def test_rows_of_an_expert_are_what_counts():
 
 
 def test_a_chunk_below_the_knee_is_never_silent():
-    plan = plan_memory(LLAMA_8B, 50_000, mode="lora", gpu="h100", chunk_size=128)
+    plan = plan_memory(WIDE, 50_000, mode="lora", gpu="h100", chunk_size=128)
     assert plan.knee > 128 and f"{plan.knee:,} rows" in plan.below_knee
     assert plan.reason.endswith(plan.below_knee) and "below the knee" in str(plan)
-    assert not plan_memory(LLAMA_8B, 50_000, mode="lora", gpu="h100").below_knee
-    assert not plan_memory(LLAMA_8B, 100, mode="lora", gpu="h100", chunk_size=128).below_knee
+    assert not plan_memory(WIDE, 50_000, mode="lora", gpu="h100").below_knee
+    assert not plan_memory(WIDE, 100, mode="lora", gpu="h100", chunk_size=128).below_knee
     # Made small by a budget, not by the caller.
-    roomy = plan_memory(LLAMA_8B, 50_000, device="cuda", optimizer="none")
-    tight = plan_memory(LLAMA_8B, 50_000, 1, device="cuda", optimizer="none").peak_bytes
-    plan = plan_memory(LLAMA_8B, 50_000, tight, device="cuda", optimizer="none")
+    roomy = plan_memory(WIDE, 50_000, device="cuda", optimizer="none")
+    tight = plan_memory(WIDE, 50_000, 1, device="cuda", optimizer="none").peak_bytes
+    plan = plan_memory(WIDE, 50_000, tight, device="cuda", optimizer="none")
     assert plan.fits and plan.chunk_size < roomy.chunk_size
     assert plan.below_knee and plan.below_knee in plan.reason
     assert words_below(128, 129, 128, CPU) == "" and words_below(128, 129, 129, CPU)
@@ -188,10 +191,11 @@ def test_lengths_of_published_runs_are_within_reach():
 
 
 def test_float32_on_a_gpu_is_composed():
-    """Scores in blocks, and logits in float32."""
-    low = plan_memory(LLAMA_8B, 4096, device="cuda", optimizer="none")
-    wide = plan_memory(LLAMA_8B, 4096, device="cuda", optimizer="none", dtype=torch.float32)
-    assert wide.peak_bytes > 1.8 * low.peak_bytes
+    """Scores in blocks instead of the kernels' buffers."""
+    shape, step = describe_config(WIDE, torch.float32), Step(4096, 4096, device=DEFAULT_GPU)
+    lines = [m for m in layer_moments(shape, step, 512) if m.name.endswith(ATTENTION_BACKWARD)]
+    blocks = 5 * 32 * 256 * 512 * 4
+    assert lines and all(blocks < line.parts[TILES] < 1.2 * blocks for line in lines)
 
 
 def test_a_model_on_the_cpu_is_planned_for_a_gpu():

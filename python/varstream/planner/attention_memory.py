@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from varstream.planner.trace import AttentionShape
 from varstream.reference import attention
 
-_FLASH_Q, _FLASH_K = 256, 512  # blocks of ATen's CPU flash kernel
+# ATen's CPU flash kernel: rows of a block by rows of the tile, and keys of a block.
+_FLASH_BLOCKS, _FLASH_KEYS = ((768, 256), (192, 64), (0, 32)), 512
 _BORDER = attention.FLASH_BORDER_ROWS
+_SMALL = 112 << 10
 _DROPOUT = 8  # blocks of scores that exist at once while their random numbers are drawn
 
 
@@ -48,92 +50,101 @@ def cuda_backward(a: AttentionShape, rows: int) -> int:
 
 class Composed:
     """The reference operators: on the CPU flash tiles where nothing modifies the scores, and blocks
-    of scores at a window's border; else, and on other devices, blocks of scores alone."""
+    of scores at a window's border; else, and on other devices, blocks of scores alone.
+
+    A tile has ``rows`` queries and ``keys`` keys; gradients of one tile live until the next one's
+    are there.
+    """
 
     def __init__(self, a: AttentionShape, itemsize: int, threads: int, flash: bool) -> None:
         self.a, self.itemsize, self.threads = a, itemsize, threads
         self.acc = max(4, itemsize)
+        self.wide = itemsize < self.acc  # sums are in a wider dtype
         self.flash = flash and a.plain
 
     def forward(self, rows: int, spans: list[Span]) -> int:
-        """A partial result beside the sum, which is in acc dtype."""
+        """A partial result beside the sum."""
         sums = rows * self.a.heads * self.a.value_dim * (self.acc - self.itemsize)
         return sums + max(self._forward_of(span) for span in spans)
 
     def backward(self, rows: int, spans: list[Span]) -> int:
-        """Tiles of dQ, dK, dV, of one and of the one before; dQ in acc dtype."""
+        """Gradients of tiles beside their sums."""
         sums = rows * self.a.q_width * (self.acc - self.itemsize)
+        sums += 3 * rows * self.a.heads * self.acc + _SMALL  # of dO O, LSE
         return sums + max(self._backward_of(span) for span in spans)
 
     def _forward_of(self, span: Span) -> int:
-        a, rows = self.a, min(span.rows, _BORDER)
-        if not self.flash:
-            blocks = _DROPOUT if a.dropout else 3
-            return self._scores(*self._block(span), blocks) + 6 * rows * a.heads * a.value_dim * 4
-        if a.window < 0:  # strips where fewer keys precede the rows than there are rows
-            rows = span.rows if span.before >= span.rows else max(rows, span.rows // 4)
-        part = rows * a.heads * (a.value_dim * self.itemsize + self.acc)
-        if a.window < 0:
-            return part + self._workspace(span)
-        return 3 * part + self._scores(*self._border(span), 2.25)
+        a, border = self.a, min(span.rows, _BORDER)
+        out = a.heads * (a.value_dim + 1) * self.acc  # bytes a row, with its LSE
+        if self.flash and a.window < 0:
+            rows = self._strip(span)
+            return max(rows * out + self._workspace(rows) // 2, 4 * border * out)
+        blocks = _DROPOUT if a.dropout else 2 if a.plain else 3
+        rows, keys = self._block(span)
+        return self._scores(rows, keys, blocks) + 8 * rows * keys + 3 * rows * out
 
     def _backward_of(self, span: Span) -> int:
+        if self.flash and self.a.window < 0:
+            return self._tiles(span)
+        rows, keys = self._block(span)
+        copies = 1 + self.wide
         if not self.flash:
-            rows, keys = self._block(span)
-            return self._scores(rows, keys, _DROPOUT if self.a.dropout else 5) + self._copies(
-                rows, keys, 1.5 if self.itemsize == self.acc else 2.5
-            )
-        tiles = self._tiles(span) + self._workspace(span)
-        if self.a.window < 0:
-            return tiles
-        rows, keys = self._border(span)
-        copies = self._copies(rows, keys, 2 if self.itemsize == self.acc else 5.5)
-        return max(tiles, self._scores(rows, keys, 3) + 10 * rows * keys + copies)
+            blocks = _DROPOUT if self.a.dropout else 5
+            return self._scores(rows, keys, blocks) + self._copies(rows, keys, 1.25 * copies)
+        tiles = 1 if span.rows <= _BORDER else 2  # the one before, in another block of rows
+        scores = self._scores(rows, keys, 3) + self._copies(rows, keys, tiles)
+        scores += keys * self.a.q_width * self.acc  # dK of each query's head
+        scores += self.wide * (self._copies(rows, 0, 2) + self._copies(0, keys, 0.5))
+        sums = self._scores(rows, keys, 2) + self._copies(span.rows, 0, 1 + 2 * self.wide)
+        inner = max(0, self.a.window + 1 - rows)  # keys that all rows of a block see
+        return max(scores, sums + self._copies(rows, keys, 1), self._pair(rows, inner, rows))
 
-    def _workspace(self, span: Span) -> int:
-        """A block of scores for each thread of ATen's kernel."""
-        longest = span.rows + span.before
-        block = min(_FLASH_Q, longest) * min(_FLASH_K, longest)
-        copies = 2 * self.acc + (2 * self.itemsize if self.itemsize < self.acc else 0)
-        return self.threads * block * copies
+    def _workspace(self, rows: int) -> int:
+        """Scores and their gradients for each thread of ATen's kernel."""
+        block = next(size for least, size in _FLASH_BLOCKS if rows >= least) * _FLASH_KEYS
+        return self.threads * block * (2 * self.acc + (2 * self.itemsize if self.wide else 0))
 
-    def _scores(self, rows: int, keys: int, blocks: float) -> int:
+    def _scores(self, rows: int, keys: int, blocks: int) -> int:
         """So many blocks of scores at once."""
-        return int(blocks * self.a.heads * rows * keys * self.acc)
+        return blocks * self.a.heads * rows * keys * self.acc
 
     def _copies(self, rows: int, keys: int, count: float) -> int:
-        """Rows of Q and dO, keys and values and their gradients, in acc dtype."""
-        return int(count * (rows * self.a.q_width + keys * self.a.kv_width) * self.acc)
+        """Rows of Q or dO, keys and values or their gradients, in acc dtype."""
+        return int(count * (rows * self.a.q_width + keys * self.a.kv_width)) * self.acc
 
     def _block(self, span: Span) -> tuple[int, int]:
-        """Rows and keys of the largest block of scores: before the rows, or on the diagonal."""
-        rows = min(span.rows, attention.SCORE_ROWS)
-        window, before = self.a.window, span.before + span.rows - rows
+        """Rows and keys of the largest block of scores: on the diagonal, or before the rows."""
+        rows, window = min(span.rows, _BORDER), self.a.window
+        before = span.before + span.rows - rows
         if 0 <= window < rows:
-            return rows, min(rows + window, rows + before)
+            return rows, rows + min(window, before)
+        if self.flash:
+            return rows, rows
         keys = before if window < 0 else min(before, window + 1 - rows)
         return rows, max(rows, min(keys, attention.SCORE_KEYS))
 
-    def _border(self, span: Span) -> tuple[int, int]:
-        """Rows and keys of a tile that a window's border runs through."""
-        rows, window = min(span.rows, _BORDER), self.a.window + 1
-        return rows, rows + (window if window < rows else 0)
+    def _strip(self, span: Span) -> int:
+        """Rows that see the keys before them in one tile: all, or strips while fewer keys precede
+        the rows than there are rows."""
+        if span.before >= span.rows:
+            return span.rows
+        return max(min(span.rows, _BORDER), span.rows // 4)
 
     def _tiles(self, span: Span) -> int:
-        rows, before = span.rows, span.before
-        border = min(rows, _BORDER)
-        if self.a.window >= 0:
-            return self._pair(border, min(self.a.window + 1, rows + before), border)
-        if before >= rows:
-            return self._pair(rows, before, border)
-        # in strips while fewer keys precede the rows than there are rows
-        return self._pair(max(border, rows // 4), before + rows - border, border)
+        rows, border = self._strip(span), min(span.rows, _BORDER)
+        before = span.before if span.before >= span.rows else span.before + span.rows - border
+        return self._pair(rows, before, border)
 
     def _pair(self, rows: int, keys: int, border: int) -> int:
         """Two tiles in a row: ``rows`` queries on at most FLASH_KEYS keys each, else one of them
-        and a border tile."""
+        and a border tile; a wide sum converts what it adds."""
         first = min(keys, attention.FLASH_KEYS)
         second = min(keys - first, attention.FLASH_KEYS)
-        q = rows + (rows if second else border)
-        keys = first + max(second, border)
-        return (q * self.a.q_width + keys * self.a.kv_width) * self.itemsize
+        next_rows, next_keys = (rows, second) if second else (border, border)
+        one = self._gradients(rows, first)
+        alone = one + max(self._workspace(rows), rows * self.a.q_width * self.acc * self.wide)
+        both = one + self._gradients(next_rows, next_keys) + self._workspace(next_rows)
+        return max(alone, both)
+
+    def _gradients(self, rows: int, keys: int) -> int:
+        return (rows * self.a.q_width + keys * self.a.kv_width) * self.itemsize

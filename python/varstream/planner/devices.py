@@ -20,6 +20,7 @@ class Device:
     bandwidth: float  # bytes a second
     processors: int = 1  # multiprocessors; of a CPU it doesn't matter
     memory: int = 0  # bytes; 0: not known
+    cache: int = 0  # bytes of the last level
     cuda: bool = True
 
     @property
@@ -28,22 +29,23 @@ class Device:
         return self.peak / self.bandwidth
 
 
+MB, GB = 10**6, 10**9
+
 # Of a CPU only the ratio counts: a core of a server does 50-150 GFLOP/s in float32 and has about
 # 5-10 GB/s of the memory's bandwidth to itself.
-CPU = Device("cpu", 160e9, 10e9, cuda=False)
+CPU = Device("cpu", 160e9, 10e9, cache=16 * MB, cuda=False)
 
-GB = 10**9
 _GPUS = (
-    Device("h200", 989e12, 4.8e12, 132, 141 * GB),
-    Device("h100", 989e12, 3.35e12, 132, 80 * GB),
-    Device("h100-pcie", 756e12, 2.0e12, 114, 80 * GB),
-    Device("a100", 312e12, 2.039e12, 108, 80 * GB),
-    Device("a100-40gb", 312e12, 1.555e12, 108, 40 * GB),
-    Device("l40s", 362e12, 864e9, 142, 48 * GB),
-    Device("a6000", 155e12, 768e9, 84, 48 * GB),
-    Device("a10", 125e12, 600e9, 72, 24 * GB),
-    Device("4090", 165e12, 1008e9, 128, 24 * GB),
-    Device("3090", 71e12, 936e9, 82, 24 * GB),
+    Device("h200", 989e12, 4.8e12, 132, 141 * GB, 50 * MB),
+    Device("h100", 989e12, 3.35e12, 132, 80 * GB, 50 * MB),
+    Device("h100-pcie", 756e12, 2.0e12, 114, 80 * GB, 50 * MB),
+    Device("a100", 312e12, 2.039e12, 108, 80 * GB, 40 * MB),
+    Device("a100-40gb", 312e12, 1.555e12, 108, 40 * GB, 40 * MB),
+    Device("l40s", 362e12, 864e9, 142, 48 * GB, 96 * MB),
+    Device("a6000", 155e12, 768e9, 84, 48 * GB, 6 * MB),
+    Device("a10", 125e12, 600e9, 72, 24 * GB, 6 * MB),
+    Device("4090", 165e12, 1008e9, 128, 24 * GB, 72 * MB),
+    Device("3090", 71e12, 936e9, 82, 24 * GB, 6 * MB),
 )
 GPUS = {device.name: device for device in _GPUS}
 DEFAULT_GPU = GPUS["h100"]

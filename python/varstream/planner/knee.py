@@ -27,14 +27,20 @@ class Product(NamedTuple):
     trained: bool
     share: float = 1.0  # of the chunk's rows that meet it: of one expert, experts a row / experts
 
+    @property
+    def weight_bytes(self) -> int:
+        """Moved by a chunk for each element: two readings and, where it is trained, the gradient
+        written, read and added into float32 sums."""
+        return 2 * self.itemsize + (2 * self.itemsize + 8 if self.trained else 0)
+
 
 def product_knee(product: Product, device: Device) -> int:
     """Rows of a chunk from which a product's time a row is within a quarter of its limit.
 
     With ``c`` rows, recomputation, input gradient and, where trained, weight gradient (p = 2 or 3
     products) take 2 p c k m operations and move ``p c (k + m)`` elements of rows. Besides, a chunk
-    moves ``w`` bytes an element of the weight: two readings and, where trained, the gradient
-    written, read and added into float32 sums. Time a row is the larger of
+    moves ``w`` bytes an element of the weight (``Product.weight_bytes``). Time a row is the larger
+    of
 
         2 p k m / peak    and    (p (k + m) itemsize + w k m / c) / bandwidth,
 
@@ -44,10 +50,9 @@ def product_knee(product: Product, device: Device) -> int:
     """
     k, m, size = product.inner, product.outer, product.itemsize
     products = 3 if product.trained else 2
-    weight_bytes = 2 * size + (2 * size + 8 if product.trained else 0)
     rows_bytes = products * (k + m) * size
     limit = max(2 * products * k * m / device.balance, rows_bytes)  # of the bytes a row
-    rows = k * m * weight_bytes / ((1 + _SLACK) * limit - rows_bytes)
+    rows = k * m * product.weight_bytes / ((1 + _SLACK) * limit - rows_bytes)
     return math.ceil(rows / product.share)
 
 
@@ -57,9 +62,13 @@ def attention_knee(heads: int, device: Device) -> int:
 
 
 def knee(products: tuple[Product, ...], heads: int, device: Device) -> int:
-    """Rows a chunk of a layer should have; its products' smallest dimensions ask for the most."""
-    of_products = max((product_knee(product, device) for product in products), default=1)
-    return max(of_products, attention_knee(heads, device))
+    """Rows a chunk of a layer should have; its products' smallest dimensions ask for the most.
+
+    Matrices that stay in the cache from chunk to chunk, with their gradients, ask for none.
+    """
+    moved = sum(p.inner * p.outer * p.weight_bytes / p.share for p in products)
+    of_products = [product_knee(p, device) for p in products] if moved > device.cache else []
+    return max(1, attention_knee(heads, device), *of_products)
 
 
 def words_below(chunk: int, rows: int, tokens: int, device: Device) -> str:

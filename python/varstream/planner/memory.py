@@ -25,6 +25,7 @@ from varstream.planner.trace import ATTENTION, ATTENTION_BACKWARD, AttentionShap
 # The parts, in the order in which they are shown.
 WEIGHTS, STATES, GRADIENTS = "weights", "optimizer states", "gradients"
 INPUTS, TABLES = "layer inputs", "rotary tables, positions"
+ROUTERS = "router logits"
 RETURNED = "padded hidden states"  # of a backbone called alone
 FLOW, KV, DKV = "layer output, dX", "K, V of a layer", "dK, dV of a layer"
 CHUNK, TILES, SUMS = "chunk activations", "attention temporaries", "gradients of a layer"
@@ -34,7 +35,7 @@ OPTIMIZER = "optimizer temporaries"
 CONTEXT, FRAGMENTATION = "CUDA context, workspaces", "fragmentation"
 
 _POSITION = 8  # an int64
-_SMALL = 16384  # the loss, where chunks begin, odds and ends
+_SMALL = 49152  # the loss, where chunks begin, odds and ends
 _RANDOM_STATE = 5056  # of torch's CPU generator, kept on the host for each chunk of each layer
 
 
@@ -80,6 +81,9 @@ def head_moments(m: ModelShape, step: Step, chunk: int, layer_chunk: int) -> lis
         HEAD_TEMPORARIES: parts["around"],
     }
     moments = [Moment("head", kept | formed)]
+    if m.router_bytes:  # logits and probabilities, while the head's gradients wait
+        both = {ROUTERS: 2 * kept[ROUTERS], HEAD_DX: dx, HEAD_DW: dw * es}
+        moments.append(Moment("router losses", kept | both))
     if es != a:
         cast = {HEAD_DX: dx, HEAD_DW: dw * (a + es)}
         moments.append(Moment("head gradient in the weights' dtype", kept | cast))
@@ -142,12 +146,26 @@ def _returned(m: ModelShape, step: Step) -> int:
 def _kept(m: ModelShape, step: Step, index: int, chunk: int) -> dict[str, int]:
     """What the graph holds while layer ``index`` is the last one with an input to keep."""
     inputs = max(0, index - m.first + 1)
+    if _looks_up(m) and inputs:
+        inputs -= 1
     return {
         INPUTS: inputs * step.tokens * m.hidden * m.itemsize,
         TABLES: _tables(m, step, chunk),
+        ROUTERS: _routers(m, step, index + 1),  # the gradients of their logits
         RETURNED: _returned(m, step),
         GRADIENTS: _finished(m, step, index),
     }
+
+
+def _looks_up(m: ModelShape) -> bool:
+    """Whether the first layer's input is looked up again, a chunk at a time, and so not kept."""
+    return m.looks_up and m.first == 0 and not m.input_gradient
+
+
+def _routers(m: ModelShape, step: Step, layers: int) -> int:
+    """Logits of the first so many layers' routers; at most all of them."""
+    count = max(1, len(m.layers))
+    return math.ceil(step.tokens * m.router_bytes * min(layers, count) / count)
 
 
 def _finished(m: ModelShape, step: Step, index: int) -> int:
@@ -186,7 +204,7 @@ def _forward(m: ModelShape, step: Step, chunk: int) -> list[Moment]:
     """The last layer's forward, without a graph: what it keeps, its output, K, V and a chunk."""
     last = len(m.layers) - 1
     kept = _kept(m, step, last, chunk) | {GRADIENTS: 0}
-    borrowed = 0 if m.first <= last else 1  # an input nobody keeps
+    borrowed = m.first > last or (last == 0 and _looks_up(m))  # an input nobody keeps
     kept[FLOW] = borrowed * step.tokens * m.hidden * m.itemsize
     n, rows = step.tokens, min(chunk, step.tokens)
     moments = []
@@ -202,7 +220,7 @@ def _backward(
     m: ModelShape, step: Step, chunk: int, index: int, layer: LayerShape, name: str
 ) -> list[Moment]:
     """The backward of one layer: of its only chunk, or of the largest that meets the sums of those
-    before it. dX is written over the dY that the layer above gave."""
+    before it. dX is written over the dY that the layer above gave, unless logits go out too."""
     n, rows = step.tokens, min(chunk, step.tokens)
     if index < m.first:
         return []
@@ -210,13 +228,16 @@ def _backward(
     dx = n * m.hidden * m.itemsize
     if layer is m.norm:
         base[RETURNED] *= 2  # and their gradient
-    over = layer is not m.norm and (m.norm is not None or index < len(m.layers) - 1)
+    top = len(m.layers) - (m.norm is None)
+    over = index < top and not m.router_bytes
     needs_dx = index > m.first or m.embedding.elements > 0 or m.input_gradient
     lines = layer.trace.later if n > chunk else layer.trace.single
     moments = []
     for line in lines:
         parts = _parts(m, step, line, n, rows, layer.trace.attention, buffers=2)
         parts[FLOW] = dx if over or not needs_dx else 2 * dx
+        if index == 0 and _looks_up(m):
+            parts[CHUNK] += rows * m.hidden * m.itemsize  # a view of the kept input elsewhere
         moments.append(Moment(f"backward of {name}: {line.name}", _joined(base, parts)))
     return moments
 

@@ -21,7 +21,7 @@ from varstream.planner.shapes import Mode, ModelShape, describe, describe_config
 
 _ORDER = (
     (memory.WEIGHTS, memory.STATES, memory.GRADIENTS, memory.INPUTS, memory.TABLES, memory.FLOW)
-    + (memory.RETURNED,)
+    + (memory.ROUTERS, memory.RETURNED)
     + (memory.KV, memory.DKV, memory.CHUNK, memory.TILES, memory.SUMS)
     + (memory.HIDDEN, memory.HEAD_DX, memory.HEAD_DW, memory.LOGITS, memory.HEAD_TEMPORARIES)
     + (memory.OPTIMIZER, memory.CONTEXT, memory.FRAGMENTATION)

@@ -68,6 +68,8 @@ class ModelShape:
     norm: LayerShape | None
     head: HeadShape | None  # None where the head is no part of the job
     row_bytes: float  # a token: rotary tables and what else the backbone keeps beside the layers
+    router_bytes: int = 0  # a token: the logits of all routers, where their loss is asked for
+    looks_up: bool = False  # the first layer's input comes from the embedding and isn't kept
     input_gradient: bool = False  # what the layers are given needs a gradient, trained or not
 
     @property
@@ -171,7 +173,17 @@ def describe_parts(backbone: Any, head: Any) -> ModelShape:
         norm=None if norm is None else LayerShape(_trained(norm.parameters()), twin.trace_norm()),
         head=None if head is None else _head(head, backbone),
         row_bytes=twin.row_bytes,
+        router_bytes=_router_bytes(twin),
+        looks_up=twin.looks_up,
     )
+
+
+def _router_bytes(twin: Twin) -> int:
+    if twin.routers is None:
+        return 0
+    kind, _ = twin.routers
+    found: list[Any] = [m for layer in twin.layers for m in layer.modules() if isinstance(m, kind)]
+    return sum(m.weight.shape[0] * m.weight.element_size() for m in found)
 
 
 def _size(params: Iterable[Tensor]) -> Size:

@@ -68,11 +68,15 @@ class Twin:
     """A backbone on the meta device whose layers can be run by themselves."""
 
     def __init__(self, backbone: nn.Module) -> None:
+        from varstream.streaming.backbone import routers_wanted
+
         self.backbone = on_meta(backbone)
+        self.routers = routers_wanted(backbone, None)  # whose logits the config asks for
         self.layers, self.norm = parts_of(self.backbone)
         self.width = self.backbone.config.hidden_size
         self.dtype = self.backbone.get_input_embeddings().weight.dtype
         self._begun: dict[int, tuple[list[LayerArguments], float]] = {}
+        self.looks_up = False  # whether the first layer's input comes straight from the embedding
 
     def arguments(self, n: int) -> list[LayerArguments]:
         """Of each layer, for a packed row of n tokens."""
@@ -92,6 +96,7 @@ class Twin:
         return self._begun[n]
 
     def _capture(self, n: int) -> tuple[list[LayerArguments], float]:
+        from varstream.streaming.embedding import looked_up
         from varstream.streaming.layer_call import implementation, register
         from varstream.streaming.routers import router_class
 
@@ -99,6 +104,8 @@ class Twin:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             x, *rest = args or (kwargs.pop("hidden_states"),)
+            if not given:
+                self.looks_up = any(lookup.output is x for lookup in lookups)
             given.append(LayerArguments(tuple(rest), kwargs))
             return x
 
@@ -114,7 +121,13 @@ class Twin:
         for module in replaced:
             module.forward = forward
         try:
-            with implementation(self.backbone.config), allocations, torch.enable_grad():
+            embedding = self.backbone.get_input_embeddings()
+            with (
+                implementation(self.backbone.config),
+                looked_up(embedding) as lookups,
+                allocations,
+                torch.enable_grad(),
+            ):
                 output = type(self.backbone).forward(self.backbone, **inputs)
             live = allocations.live[1] + inputs["position_ids"].itemsize
             del output
@@ -128,7 +141,8 @@ class Twin:
 
     def trace_layer(self, index: int) -> Trace:
         """A streamed layer whose input needs a gradient; of like layers one is run."""
-        key = _likeness(self.layers[index], self.arguments(N)[index], self.dtype)
+        given = self.arguments(N)[index]
+        key = _likeness(self.layers[index], given, self.dtype, self.routers)
         if key not in _traces:
             _traces[key] = self._trace_layer(index)
         return _traces[key]
@@ -142,7 +156,7 @@ class Twin:
 
         def body_of(n: int, schedule: Any) -> tuple[Any, LayerArguments]:
             given = self.arguments(n)[index]
-            call = StreamCall(schedule, n, False)
+            call = StreamCall(schedule, n, False, self.routers)
             return LayerBody(layer, attention, given.args, given.kwargs, call), given
 
         return self._trace(body_of, layer, True)
@@ -150,13 +164,12 @@ class Twin:
     def trace_norm(self) -> Trace:
         """The final norm, streamed by rows."""
         assert self.norm is not None
-        key = _likeness(self.norm, None, self.dtype)
+        key = _likeness(self.norm, None, self.dtype, None)
         if key not in _traces:
             _traces[key] = self._trace_norm(self.norm)
         return _traces[key]
 
     def _trace_norm(self, norm: nn.Module) -> Trace:
-
         def body(part: Tensor, *_: Any) -> tuple[Tensor]:
             return (norm(part[None])[0],)
 
@@ -176,10 +189,11 @@ class Twin:
             allocations.ignore(self._tensors(x, dy, *tree_iter(given)))
             marked = _Marked(body, allocations, chunks, attends)
             with allocations, torch.enable_grad():
-                y, *others = run_streamed(marked, x, schedule, params, attends)
+                outputs = run_streamed(marked, x, schedule, params, attends)
+                given_back = [dy, *(torch.empty_like(logits) for logits in outputs[1:])]
                 forward, allocations.lines = allocations.lines, []
                 held = list(allocations.live)
-                torch.autograd.grad(y, [x, *params], dy)
+                torch.autograd.grad(outputs, [x, *params], given_back)
             backward = [line.above(held) for line in allocations.lines]
             return forward, backward, allocations.attention
 
@@ -195,12 +209,12 @@ class Twin:
 _traces: dict[Any, Trace] = {}  # of every kind of layer seen
 
 
-def _likeness(module: nn.Module, given: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+def _likeness(module: nn.Module, given: Any, dtype: torch.dtype, routers: Any) -> tuple[Any, ...]:
     """Equal for modules that allocate alike: classes, parameters, settings, arguments.
 
     Other floating settings than a dropout's, such as an attention's scale, change no allocation.
     """
-    parts: list[Any] = [dtype, torch.are_deterministic_algorithms_enabled()]
+    parts: list[Any] = [dtype, routers, torch.are_deterministic_algorithms_enabled()]
     parts += [(t.shape[2:], t.dtype) for t in tree_iter(given) if isinstance(t, Tensor)]
     for name, inner in module.named_modules():
         settings = [
