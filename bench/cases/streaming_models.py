@@ -34,7 +34,7 @@ DOCUMENTS = ("packed", "single")
 DTYPE = {"cpu": torch.float32, "cuda": torch.bfloat16}
 RANK = {"cpu": 8, "cuda": 32}  # of LoRA's factors; StreamBP's is 32
 CHUNK = {"cpu": 512, "cuda": 4096}  # rows of a chunk, and of a tile of the MLP
-HEAD_CHUNK = {"cpu": 512, "cuda": 1024}
+HEAD_CHUNK = {"cpu": 256, "cuda": 1024}
 CPU_TOKENS = (4096, 8192, 16384, 32768)
 GPU_TOKENS = {"full": (8, 16, 32, 64), "lora": (8, 16, 32, 64, 128)}  # in 1024
 
