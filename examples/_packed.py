@@ -150,7 +150,7 @@ def compare(model, rows, objective, options):
 def check(model, rows, objective, chunk_size):
     """Exit where packed and streamed differs from dense; the model is a plain one."""
     try:
-        twin = float64_twin(model)
+        twin = float64_twin(model).eval()  # dropout would differ
     except ValueError as error:
         raise SystemExit(f"--check is not for this model: {error}") from None
     want_loss, want = gradients(twin, rows, objective, dense_logprobs)

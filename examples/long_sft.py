@@ -19,7 +19,7 @@ from _text import encode, sources
 
 from varstream import objectives
 
-DEFAULTS = {"steps": 20, "tokens": 4096, "chunk_size": 256, "accumulate": 2, "learning_rate": 3e-3}
+DEFAULTS = {"steps": 20, "tokens": 4096, "chunk_size": 512, "accumulate": 2, "learning_rate": 3e-3}
 QUICK = {"steps": 4, "tokens": 512, "chunk_size": 64}
 
 

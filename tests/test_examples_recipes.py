@@ -11,7 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, logsigmoid
-from transformers import BertConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import varstream as vs
 from varstream.testing import assert_exact, float64_twin
@@ -19,6 +27,7 @@ from varstream.testing import assert_exact, float64_twin
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = ("long_sft", "packed_dpo", "packed_grpo")
 HELPERS = ("_text", "_setup", "_packed")
+SIZES = {"vocab_size": 300, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +251,9 @@ def test_samples_end_with_the_end_token_or_are_worth_nothing(recipes):
         eval = train = lambda self: self
 
         def generate(self, input_ids, attention_mask, **options):
-            assert options["do_sample"] and options["max_new_tokens"] == 4
+            assert options["max_new_tokens"] == 4
+            assert options["do_sample"] and options["temperature"] == options["top_p"] == 1.0
+            assert options["top_k"] == 0  # the policy itself
             self.asked = input_ids, attention_mask
             new = torch.tensor([[7, 8, end, end], [7, 8, 9, 7], [end, end, end, end]])
             return torch.cat([input_ids, new], dim=1)
@@ -254,6 +265,43 @@ def test_samples_end_with_the_end_token_or_are_worth_nothing(recipes):
     ids, mask = model.asked  # padded on the left: a completion follows its prompt at once
     assert ids[:, -1].tolist() == [5, 7, 6] and mask.sum(1).tolist() == [1, 3, 2]
     assert mask[:, -1].all()
+
+
+def test_advantages_are_within_groups(recipes, monkeypatch, twin):
+    tokenizer = recipes._text.train_tokenizer(["def f(self, x):"], 300)
+    good, poor = (
+        [*ids, tokenizer.eos_token_id]
+        for ids in recipes._text.encode(tokenizer, ["(self, x):", "(x, x):"])
+    )
+    completions = [good, poor, good, good, poor, poor, good, good]  # of f, g
+    monkeypatch.setattr(recipes.packed_grpo, "sample", lambda *_: completions)
+    options = Namespace(group=4, length=9, parameters=2, tokens=60, seed=0, device="cpu")
+    model = vs.stream(twin, chunk_size=7)
+    rows, mean = recipes.packed_grpo.collect(model, tokenizer, ["def f", "def g"], options)
+    assert mean == 5 / 8 and len(rows) > 1
+    found = []
+    for row in rows:
+        starts = row.cu_seqlens[:-1].long()
+        found += row.constants["advantages"][starts].tolist()
+        want = recipes._packed.streamed_logprobs(model, row)
+        assert torch.equal(row.constants["old_logp"], want) and want.requires_grad
+        assert not row.constants["old_logp"].requires_grad
+        # Completions are trained, with their end; prompts are not.
+        trained = row.sums(torch.ones(len(row.target)))
+        assert set(trained.tolist()) <= {len(good), len(poor)}
+    want = [0.5, -1.5, 0.5, 0.5], [-0.5, -0.5, 0.5, 0.5]
+    scale = torch.tensor(want).std(1) + 1e-4
+    want = (torch.tensor(want) / scale[:, None]).flatten()
+    assert torch.allclose(torch.tensor(sorted(found)), want.sort().values, atol=2e-3)
+
+
+def test_constants_know_no_dropout(recipes):
+    config = GPT2Config(**SIZES, n_positions=64, bos_token_id=None, eos_token_id=None)
+    model = vs.stream(AutoModelForCausalLM.from_config(config).train(), chunk_size=7)
+    row = recipes._packed.packed_row(documents(recipes), "cpu")
+    first, again = (recipes._packed.fixed_logprobs(model, row) for _ in range(2))
+    assert torch.equal(first, again) and not first.requires_grad and model.training
+    assert not torch.equal(first, recipes._packed.streamed_logprobs(model, row))
 
 
 # --- the check can fail ---------------------------------------------------------------------------
@@ -278,6 +326,27 @@ def test_check_sees_a_difference(recipes, monkeypatch, twin, mistake):
     monkeypatch.setattr(packed, "streamed_logprobs", wrong)
     with pytest.raises(SystemExit, match="packed and dense differ by more than 1e-10"):
         packed.check(twin, [row], objective, 7)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(**SIZES, n_positions=64, bos_token_id=None, eos_token_id=None),  # dropout
+        GraniteConfig(**SIZES, intermediate_size=24, logits_scaling=4.0),
+        Gemma2Config(
+            **SIZES,
+            intermediate_size=24,
+            head_dim=8,
+            num_key_value_heads=1,
+            final_logit_softcapping=0.5,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_heads_of_other_models(recipes, config):
+    model = AutoModelForCausalLM.from_config(config).train()
+    row = recipes._packed.packed_row(documents(recipes), "cpu")
+    recipes._packed.check(model, [row], recipes.long_sft.objective_of([row]), 7)
 
 
 def test_check_of_nothing_is_no_check(recipes, twin):
