@@ -242,7 +242,7 @@ def test_samples_end_with_the_end_token_or_are_worth_nothing(recipes):
     tokenizer = recipes._text.train_tokenizer(["def f(self, x):"], 300)
     end = tokenizer.eos_token_id
     (ids,) = recipes._text.encode(tokenizer, ["(self, x):"])
-    completions = [[*ids, end], ids, [end]]
+    completions = [[*ids, end], [*ids, ids[0]], [end]]
     found = recipes.packed_grpo.rewards_of(tokenizer, ["def f"] * 3, completions, 2)
     assert found.tolist() == [1.0, 0.0, 0.0]
 
