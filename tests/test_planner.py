@@ -33,13 +33,16 @@ from varstream.planner.report import size_words
 from varstream.planner.shapes import Mode, ModelShape, describe, describe_config
 from varstream.testing import peak_memory
 
-CLOSE = 1.1  # times the measured peak, at most
+CONTRACT = 1.1  # times the measured peak, at most
+CLOSE = 1.05  # where attention's temporaries are not the peak
 
 
 def check(model: Any, batch: dict[str, Any], plan: MemoryPlan, **options: Any) -> None:
     """A prediction lies above the measured peak, and close to it."""
     peak = measure(model, batch, plan.chunk_size, head_chunk_size=plan.head_chunk_size, **options)
-    assert peak <= plan.step_bytes <= CLOSE * peak, f"{plan.step_bytes / peak:.3f}\n{plan}"
+    rough = "attention" in plan.moment or plan.moment in ("forward", "packing")
+    most = (CONTRACT if rough else CLOSE) * peak
+    assert peak <= plan.step_bytes <= most, f"{plan.step_bytes / peak:.3f}\n{plan}"
 
 
 # --- predictions ----------------------------------------------------------------------------------
@@ -83,8 +86,8 @@ CASES = {
         [512], BF16, 256, "attention's backward",
     ),
     "gpt-2, dropout": (
-        GPT2Config(n_embd=256, n_head=2, n_layer=2, vocab_size=1000), [300], torch.float32, 128,
-        "backward",
+        GPT2Config(n_embd=128, n_head=8, n_layer=1, vocab_size=500), [512], torch.float32, 256,
+        "attention's backward",
     ),
     "phi-3, fused projections": (
         Phi3Config(**sizes(128, 384, 2, 4, 2, 1000)), [512], torch.float32, 256, "backward"

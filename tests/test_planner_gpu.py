@@ -106,6 +106,8 @@ def test_the_smallest_dimension_and_few_heads_ask_for_the_longest_chunks():
     wide, narrow = Product(4096, 4096, 2, True), Product(4096, 1024, 2, True)
     assert product_knee(narrow, h100) > product_knee(wide, h100)
     assert knee.knee((Product(64, 64, 2, True),), 32, h100) == 128 * 5  # in the cache
+    one_of_many = Product(1024, 512, 2, True, 1 / 64)  # all of them are not
+    assert knee.knee((one_of_many,), 32, h100) == product_knee(one_of_many, h100) > 128 * 5
     assert product_knee(wide, h100) > product_knee(wide._replace(trained=False), h100)
     assert attention_knee(32, h100) == 128 * 5  # 132 multiprocessors, 5 blocks of 32 heads
     assert attention_knee(2, h100) == 128 * 66
