@@ -1,6 +1,6 @@
 """Group-relative policy optimisation on packed samples, with a streamed backward.
 
-    python examples/packed_grpo.py                    # about two minutes on two cores
+    python examples/packed_grpo.py                    # about a minute on two cores
     python examples/packed_grpo.py --quick --check    # a few seconds, compared with plain autograd
     python examples/packed_grpo.py --model path/to/model --device cuda --dtype bfloat16
 
