@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import make_model, packed_row
 from planner_cases import BF16, build, measure, packed, padded, sizes
-from transformers import Gemma2Config, LlamaConfig, MixtralConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig, Qwen3Config
 
 import varstream as vs
 from varstream.planner import MemoryPlan, plan_memory
@@ -160,6 +161,27 @@ def test_backbone_alone_is_planned_without_the_head():
     with pytest.raises(ValueError, match="memory_budget is too small"):
         model(ids, labels=ids)
     model.model(ids).last_hidden_state.sum().backward()
+
+
+def test_a_streamed_model_warns_once_of_chunks_below_the_knee():
+    model = build(LlamaConfig(**sizes(256, 1024, 1, 4, 4, 100)))
+    vs.stream(model, chunk_size=8, memory_budget=1 << 34)
+    with pytest.warns(UserWarning, match="Chunks of 8 rows are below the roofline knee"):
+        model(**packed([40], 100))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**packed([40], 100))
+        vs.stream(model, memory_budget=1 << 34)(**packed([40], 100))
+
+
+def test_what_depends_on_values_cannot_be_planned():
+    config = MixtralConfig(**sizes(32, 48, 1, 2, 2, 100), num_local_experts=4)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    with pytest.raises(ValueError, match="MixtralDecoderLayer can't be planned: .*eager"):
+        plan_memory(model, 100)
+    vs.stream(model)(**packed([40], 100)).loss.backward()  # with the chunks of a model unknown
+    with pytest.raises(ValueError, match="can't be planned"):
+        vs.stream(model, memory_budget=1 << 34)(**packed([40], 100))
 
 
 def test_kept_gradients_count():

@@ -117,7 +117,7 @@ def test_the_smallest_dimension_and_few_heads_ask_for_the_longest_chunks():
 
 def test_rows_of_an_expert_are_what_counts():
     shape = describe_config(EXPERTS)
-    shares = {product.share for product in shape.products}
+    shares = {product.share for layer in shape.layers for product in layer.products}
     assert shares == {1.0, 8 / 128}
     plan = plan_memory(EXPERTS, 100_000, gpu="h100", dtype=torch.bfloat16)
     assert plan.knee > 10_000 and plan.chunk_size >= plan.knee and not plan.below_knee

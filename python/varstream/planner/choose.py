@@ -119,7 +119,8 @@ def choose(job: Job) -> Choice:
 def knee_of(m: ModelShape, step: Step) -> int:
     """Rows below which a chunk of the model leaves the device waiting for memory."""
     heads = 1 if m.attention is None else m.attention.heads
-    return knee(m.products, heads, step.device)
+    kinds = {layer.products for layer in m.layers}
+    return max((knee(products, heads, step.device) for products in kinds), default=1)
 
 
 def default_chunk(m: ModelShape, step: Step) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import lru_cache
 from typing import NamedTuple
 
 from varstream.planner.devices import Device
@@ -61,6 +62,7 @@ def attention_knee(heads: int, device: Device) -> int:
     return _TILE_ROWS * -(-device.processors // heads) if device.cuda else 1
 
 
+@lru_cache(maxsize=256)
 def knee(products: tuple[Product, ...], heads: int, device: Device) -> int:
     """Rows a chunk of a layer should have; its products' smallest dimensions ask for the most.
 

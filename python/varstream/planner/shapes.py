@@ -116,11 +116,6 @@ class ModelShape:
         """Of the first layer."""
         return self.layers[0].trace.attention if self.layers else None
 
-    @property
-    def products(self) -> tuple[Product, ...]:
-        """The matrices of all layers, each kind once."""
-        return tuple(dict.fromkeys(p for layer in self.layers for p in layer.products))
-
 
 # --- from models ----------------------------------------------------------------------------------
 
@@ -211,8 +206,7 @@ def _head(head: Any, backbone: Any) -> HeadShape:
 
 
 def _products(layer: nn.Module, config: Any) -> tuple[Product, ...]:
-    """The layer's matrices, each kind once; of stacked experts (E, m, k) one, and the rows it
-    meets."""
+    """The layer's matrices; of stacked experts (E, m, k) one, and the rows it meets."""
     found = []
     for weight in layer.parameters():
         share = 1.0
@@ -222,7 +216,7 @@ def _products(layer: nn.Module, config: Any) -> tuple[Product, ...]:
             continue
         k, m = weight.shape[-2:]
         found.append(Product(k, m, weight.element_size(), weight.requires_grad, share))
-    return tuple(dict.fromkeys(found))
+    return tuple(found)
 
 
 # --- from configs ---------------------------------------------------------------------------------

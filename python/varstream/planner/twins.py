@@ -203,7 +203,10 @@ class Twin:
             return Trace(upper(forward), upper(single), upper(later), attention)
         except Exception as error:  # whatever a module does that needs values
             words = " ".join(str(error).split())[:200]
-            raise UntraceableError(f"{type(module).__name__} can't be planned: {words}") from error
+            raise UntraceableError(
+                f"{type(module).__name__} can't be planned: it does what depends on values, as "
+                f'experts_implementation="eager" does ({words})'
+            ) from error
 
 
 _traces: dict[Any, Trace] = {}  # of every kind of layer seen
