@@ -32,10 +32,11 @@ BETA = 0.1
 
 
 def make_pairs(texts, tokenizer, options):
-    """[chosen, rejected] of every docstring whose order of words says something."""
+    """[chosen, rejected] of every beginning of a docstring whose order of words says something."""
     rng, pairs = random.Random(options.seed), []
-    for words in docstrings(texts):
-        prompt, rest = words[:PROMPT], words[PROMPT : PROMPT + COMPLETION]
+    beginnings = (tuple(words[: PROMPT + COMPLETION]) for words in docstrings(texts))
+    for words in dict.fromkeys(beginnings):  # each once: none is both trained and held out
+        prompt, rest = list(words[:PROMPT]), list(words[PROMPT:])
         shuffled = rng.sample(rest, len(rest))
         if len(set(rest)) < 4 or shuffled == rest:
             continue

@@ -180,10 +180,10 @@ def test_samples_are_weighed_by_their_group(recipes, twin):
 
 
 def test_pairs_differ_in_the_order_of_words_alone(recipes):
-    texts = recipes._text.sources(0, 60_000)
+    texts = recipes._text.sources(0, 60_000) * 2  # every docstring twice
     tokenizer = recipes._text.train_tokenizer(texts, 400)
     pairs = recipes.packed_dpo.make_pairs(texts, tokenizer, Namespace(seed=0, tokens=200))
-    assert len(pairs) > 10
+    assert len(pairs) > 10 and len({tuple(pair[0]["input_ids"]) for pair in pairs}) == len(pairs)
     originals = {" ".join(words[:30]) for words in recipes._text.docstrings(texts)}
     for chosen, rejected in pairs:
         texts = [tokenizer.decode(part["input_ids"]) for part in (chosen, rejected)]
