@@ -73,8 +73,8 @@ def test_packed_dpo(recipes, capfd):
     (before, after), printed = run(recipes.packed_dpo, capfd)
     for pairs in ("trained", "held out"):
         assert before[pairs]["margin"] == 0 and before[pairs]["margins above 0"] == 0.5
-        assert after[pairs]["margin"] > 0.005 and after[pairs]["margins above 0"] > 0.7
-        assert after[pairs]["loss"] < before[pairs]["loss"]
+        assert after[pairs]["margin"] > 0.05 and after[pairs]["loss"] < before[pairs]["loss"]
+    assert after["trained"]["margins above 0"] > 0.8
     assert f"{after['held out']['margin']:.3f}" in printed
 
 
@@ -82,7 +82,7 @@ def test_packed_grpo(recipes, capfd):
     (rewards, before, after), printed = run(recipes.packed_grpo, capfd, "--steps", "6")
     assert len(rewards) == 6 and after > before + 0.1
     assert f"{before:.3f}" in printed and f"{after:.3f}" in printed
-    assert "def __repr__(self):<|end|>" in printed
+    assert "def __repr__" in printed
 
 
 # --- losses and gradients are the formulas over single documents ----------------------------------
