@@ -16,9 +16,8 @@ from varstream.cli.config import WHERE, read_config
 from varstream.cli.errors import UserError
 from varstream.planner.choose import STATES_OF
 from varstream.planner.devices import GPUS, gpu_named
-from varstream.planner.modes import ALL_LINEAR, MODES
 from varstream.planner.plan import MemoryPlan, plan_memory
-from varstream.planner.shapes import ITEMSIZE
+from varstream.planner.shapes import ALL_LINEAR, ITEMSIZE, MODES
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MODES = ("full", "lora", "frozen")
-ALL_LINEAR = "all-linear"
+from varstream.planner.shapes import ALL_LINEAR
 
 
 class LowRank(nn.Module):
@@ -33,10 +32,6 @@ class LowRank(nn.Module):
         result = self.base_layer(x)
         wide = x.to(self.lora_A.weight.dtype)
         return (result + self.lora_B(self.lora_A(wide)) * 2.0).to(result.dtype)
-
-
-def train_all(model: nn.Module) -> None:
-    model.requires_grad_(True)
 
 
 def train_parts(model: nn.Module, parts: Sequence[str]) -> None:

@@ -14,10 +14,16 @@ from varstream.planner import memory
 from varstream.planner.choose import STATES_OF, Choice, Job, choose, largest_length
 from varstream.planner.devices import GPUS, Device, device_of, gpu_named, gpu_of_size
 from varstream.planner.memory import Step
-from varstream.planner.modes import ALL_LINEAR, MODES
 from varstream.planner.reasons import reason
 from varstream.planner.report import MemoryPlan
-from varstream.planner.shapes import Mode, ModelShape, describe, describe_config
+from varstream.planner.shapes import (
+    ALL_LINEAR,
+    MODES,
+    Mode,
+    ModelShape,
+    describe,
+    describe_config,
+)
 
 _ORDER = (
     (memory.WEIGHTS, memory.STATES, memory.GRADIENTS, memory.INPUTS, memory.TABLES, memory.FLOW)

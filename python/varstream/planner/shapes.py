@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from varstream.planner.knee import Product
-from varstream.planner.modes import ALL_LINEAR, add_adapters, train_parts
 from varstream.planner.trace import AttentionShape, Trace
-from varstream.planner.twins import Twin, parts_of
 
+MODES = ("full", "lora", "frozen")
+ALL_LINEAR = "all-linear"
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -145,6 +145,9 @@ def describe_parts(backbone: Any, head: Any) -> ModelShape:
     Raises:
         UntraceableError: a ValueError; what a layer does depends on values, not on shapes alone.
     """
+    # Here, not above: the dispatch mode of a trace takes long to import.
+    from varstream.planner.twins import Twin, parts_of
+
     layers, norm = parts_of(backbone)
     whole = [part for part in (backbone, head) if part is not None]
     params = list({id(p): p for part in whole for p in part.parameters()}.values())
@@ -173,7 +176,7 @@ def describe_parts(backbone: Any, head: Any) -> ModelShape:
     )
 
 
-def _router_bytes(twin: Twin) -> int:
+def _router_bytes(twin: Any) -> int:
     if twin.routers is None:
         return 0
     kind, _ = twin.routers
@@ -235,6 +238,8 @@ class Mode:
     parts: Sequence[str] = ("lm_head",)
 
     def apply(self, model: Any) -> None:
+        from varstream.planner.modes import add_adapters, train_parts
+
         if self.name == "lora":
             head = model.get_output_embeddings()
             add_adapters(model, head, self.rank, self.targets, self.adapter_dtype)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
+from varstream.planner.allocations import Allocations
 from varstream.planner.trace import (
     BACKWARD,
     FORWARD,
     PROJECT,
     RECOMPUTE,
-    Allocations,
     Line,
     Trace,
     UntraceableError,
