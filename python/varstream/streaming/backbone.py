@@ -253,8 +253,8 @@ def _plan(backbone: Any, model: Any, rows: Rows, embeds: Tensor | None) -> tuple
         if state.memory_budget is not None:
             raise
         return resolve_chunk_size(state.chunk_size, device), head_rows
-    if embeds is not None and embeds.requires_grad:
-        shape = replace(shape, input_gradient=True)
+    if embeds is not None:  # kept: there is nothing to look up
+        shape = replace(shape, looks_up=False, input_gradient=embeds.requires_grad)
     longest = max((b - a for a, b in zip(rows.lengths, rows.lengths[1:], strict=False)), default=0)
     step = Step(
         max(1, rows.total),
