@@ -3,9 +3,11 @@
 Public names are re-exported here; each is documented where it is defined.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from varstream import nn, objectives
 from varstream._load import extension as _extension
-from varstream.encoder import padding_free, restore_padding
 from varstream.ops.attention import varlen_attention
 from varstream.ops.attention_backward import varlen_attention_backward
 from varstream.ops.linear_cross_entropy import CrossEntropyMetrics, linear_cross_entropy
@@ -14,6 +16,9 @@ from varstream.ops.packing import Packed, cu_seqlens, pack, unpack
 from varstream.ops.token_logprobs import TokenStats, token_logprobs
 from varstream.planner import MemoryPlan, plan_memory
 from varstream.streaming import UnsupportedModelError, stream, stream_layer, unstream
+
+if TYPE_CHECKING:
+    from varstream.encoder import padding_free, restore_padding
 
 __version__: str = _extension.build_info()["version"]
 
@@ -41,3 +46,11 @@ __all__ = [
     "varlen_attention",
     "varlen_attention_backward",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The encoders, imported when they are first asked for: many families, and few use them."""
+    if name not in ("encoder", "padding_free", "restore_padding"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    encoder = importlib.import_module("varstream.encoder")
+    return encoder if name == "encoder" else getattr(encoder, name)
