@@ -138,10 +138,10 @@ def register() -> None:
 
 
 @contextmanager
-def implementation(config: Any) -> Iterator[None]:
+def implementation(config: Any, name: str = IMPLEMENTATION) -> Iterator[None]:
     """Within, models with this configuration take their attention from us."""
     before = config._attn_implementation
-    config._attn_implementation = IMPLEMENTATION
+    config._attn_implementation = name
     try:
         yield
     finally:

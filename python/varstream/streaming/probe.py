@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from varstream._random_state import random_state_kept
+from varstream.streaming.layer_call import implementation
 from varstream.streaming.structure import Parts, UnsupportedModelError, attention_of
 
 _IMPLEMENTATION = "varstream_probe"
@@ -49,7 +50,7 @@ def check_attention(parts: Parts) -> None:
         for layer in dict.fromkeys(parts.layers):
             stack.enter_context(_stopping(layer))
         for config in {id(c): c for c in _configs(parts)}.values():
-            stack.enter_context(_implementation(config))
+            stack.enter_context(implementation(config, _IMPLEMENTATION))
         try:
             type(backbone).forward(
                 backbone,
@@ -70,16 +71,6 @@ def _configs(parts: Parts) -> list[Any]:
     """The configurations that say where attention comes from."""
     attentions = [attention_of(layer)[1] for layer in parts.layers]
     return [parts.backbone.config, *(a.config for a in attentions if hasattr(a, "config"))]
-
-
-@contextmanager
-def _implementation(config: Any) -> Iterator[None]:
-    before = config._attn_implementation
-    config._attn_implementation = _IMPLEMENTATION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 @contextmanager
