@@ -40,8 +40,10 @@ def run_python(code: str, **kwargs) -> str:
 
 
 def test_import_costs_under_300_ms_beyond_torch():
+    # Frozen first: a garbage collection that happens to fall due walks torch's objects (90 ms).
     code = (
-        "import time, torch; start = time.perf_counter(); import varstream;"
+        "import gc, time, torch; gc.collect(); gc.freeze();"
+        "start = time.perf_counter(); import varstream;"
         "print(time.perf_counter() - start)"
     )
     assert statistics.median(float(run_python(code)) for _ in range(5)) < 0.3
