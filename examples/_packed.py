@@ -80,10 +80,10 @@ def streamed_logprobs(model, row):
 
 
 def fixed_logprobs(model, row):
-    """The same as constants, dropout off. They are streamed too: within torch.no_grad the model's
-    own forward runs, whose mask of a packed row is over all pairs of its tokens."""
+    """The same as constants, dropout off."""
     training = model.training
-    logp = streamed_logprobs(model.eval(), row).detach()
+    with torch.no_grad():
+        logp = streamed_logprobs(model.eval(), row)
     model.train(training)
     return logp
 

@@ -284,8 +284,8 @@ def test_advantages_are_within_groups(recipes, monkeypatch, twin):
         starts = row.cu_seqlens[:-1].long()
         found += row.constants["advantages"][starts].tolist()
         want = recipes._packed.streamed_logprobs(model, row)
-        assert torch.equal(row.constants["old_logp"], want) and want.requires_grad
-        assert not row.constants["old_logp"].requires_grad
+        assert_exact(row.constants["old_logp"], want)
+        assert want.requires_grad and not row.constants["old_logp"].requires_grad
         # Completions are trained, with their end; prompts are not.
         trained = row.sums(torch.ones(len(row.target)))
         assert set(trained.tolist()) <= {len(good), len(poor)}

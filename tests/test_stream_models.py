@@ -10,7 +10,7 @@ from models import FAMILIES, VOCAB, loss_and_gradients, make_model, make_twin, p
 
 import varstream as vs
 from varstream.testing import assert_exact, relative_error, worst_gradient
-from varstream.testing.float64 import load_balancing_loss
+from varstream.testing.float64 import exact_routers
 
 B, S = 4, 19
 
@@ -20,23 +20,15 @@ def compare(model, inputs, tolerance=1e-12, **options):
 
     transformers sees packed documents in position_ids only while it has no cache.
     """
-    loss, grads = loss_and_gradients(model, **inputs, use_cache=False)
     streamed = vs.stream(copy.deepcopy(model), **options)
-    got, got_grads = loss_and_gradients(streamed, **inputs)
+    with exact_routers(model):
+        loss, grads = loss_and_gradients(model, **inputs, use_cache=False)
+        got, got_grads = loss_and_gradients(streamed, **inputs)
     assert relative_error(got, loss) <= tolerance
     name, error = worst_gradient(got_grads.items(), grads)
     assert error <= tolerance, f"{name}: {error:.2e}"
 
 
-@pytest.fixture
-def exact_routers(monkeypatch):
-    """The load balancing loss without the classes' casts to float32."""
-    for name in ("mixtral", "qwen3_moe"):
-        home = f"transformers.models.{name}.modeling_{name}.load_balancing_loss_func"
-        monkeypatch.setattr(home, load_balancing_loss)
-
-
-@pytest.mark.usefixtures("exact_routers")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("form", ["packed", "padded"])
 def test_families(family, form):

@@ -16,46 +16,6 @@ from varstream.streaming import UnsupportedModelError
 from varstream.testing import assert_exact, worst_gradient
 
 
-def test_without_gradients_the_original_runs():
-    model = make_model()
-    streamed = vs.stream(copy.deepcopy(model), chunk_size=3)
-    ids = torch.randint(50, (2, 9))
-    with torch.no_grad():
-        want, got = model(ids, labels=ids), streamed(ids, labels=ids)
-    assert torch.equal(want.logits, got.logits) and torch.equal(want.loss, got.loss)
-    with pytest.raises(ValueError, match="makes and reads no cache while it is trained"):
-        streamed(ids, use_cache=True)
-    got = streamed.eval()(ids, use_cache=True)
-    assert got.past_key_values is not None
-    assert torch.equal(want.logits, got.logits)
-
-
-@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens", "both, with a mask of ones"])
-def test_packed_documents_stay_apart_without_gradients(told_by):
-    """transformers' own forward makes a cache by default, and then looks past their edges."""
-    twin = make_twin("qwen3")
-    lengths = [4, 1, 7, 3]
-    row = packed_row(lengths)
-    ids = row["input_ids"]
-    with torch.no_grad():
-        want = torch.cat([twin(part).logits for part in ids.split(lengths, 1)], 1)
-    inputs = {"input_ids": ids}
-    if told_by != "cu_seq_lens":
-        inputs["position_ids"] = row["position_ids"]
-    if told_by != "position_ids":
-        cu = vs.cu_seqlens(lengths)
-        inputs |= {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu}
-    if "mask" in told_by:
-        inputs["attention_mask"] = torch.ones_like(ids)
-    streamed = vs.stream(twin, chunk_size=5)
-    with torch.no_grad():
-        got = streamed(**inputs)
-        hidden = streamed.model(**inputs).last_hidden_state
-    assert got.past_key_values is None
-    assert_exact(got.logits, want)
-    assert_exact(streamed.lm_head(hidden), want)
-
-
 def test_sequence_index_must_say_what_the_rows_say():
     model = vs.stream(make_model(), chunk_size=5)
     row = packed_row([4, 1, 3])

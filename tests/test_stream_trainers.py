@@ -83,7 +83,9 @@ def test_evaluation_and_predictions(llama, tmp_path):
     assert sum("eval_accuracy" in entry for entry in streamed.logs) == 2
     got, want = streamed.result, dense.result
     assert got.predictions.shape == (5, 9, len(WORDS))
-    np.testing.assert_allclose(got.predictions, want.predictions, rtol=1e-10, atol=1e-10)
+    for i, document in enumerate(documents(5)):  # padding predicts nothing
+        real = i, slice(len(document["input_ids"]))
+        np.testing.assert_allclose(got.predictions[real], want.predictions[real], 1e-10, 1e-10)
     assert got.metrics["test_accuracy"] == want.metrics["test_accuracy"]
 
 
@@ -132,6 +134,6 @@ def test_the_model_comes_back_as_it_was(llama, tmp_path):
         want = model(ids).logits
         plain = vs.unstream(model)
         assert "forward" not in plain.__dict__
-        assert torch.equal(plain.eval()(ids).logits, want)
+        assert_exact(plain.eval()(ids).logits, want)
         loaded = type(plain).from_pretrained(tmp_path / "saved", dtype=torch.float64)
         assert_exact(loaded(ids).logits, want, 1e-6)  # the shipped class has norms in float32

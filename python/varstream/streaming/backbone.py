@@ -18,6 +18,13 @@ from varstream.planner.plan import require_fit
 from varstream.planner.shapes import describe_parts
 from varstream.planner.trace import UntraceableError
 from varstream.streaming.embedding import looked_up
+from varstream.streaming.evaluation import (
+    REFUSED_OUTPUTS,
+    asks_for_cache,
+    streamable,
+    wanted,
+    without_cache,
+)
 from varstream.streaming.forward import Forward
 from varstream.streaming.layer_call import (
     LayerBody,
@@ -32,7 +39,7 @@ from varstream.streaming.layer_call import (
 )
 from varstream.streaming.recompute import Body, run_streamed
 from varstream.streaming.routers import router_class
-from varstream.streaming.rows import Rows, check_sequence_index, documents_shown, make_rows
+from varstream.streaming.rows import Rows, check_sequence_index, make_rows
 from varstream.streaming.schedule import Schedule, resolve_chunk_size
 from varstream.streaming.structure import STATE, attention_of
 
@@ -46,7 +53,6 @@ _KNOWN = {
     "max_length_k",
     "seq_idx",
 }
-_REFUSED = ("output_attentions", "output_hidden_states")
 
 
 @dataclass(frozen=True)
@@ -118,14 +124,18 @@ def backbone_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
     model."""
     backbone, given = forward.module, forward.named(args, kwargs)
     caller = given.pop("stream_model", None)
-    cached = bool(given.get("use_cache")) or given.get("past_key_values") is not None
-    if cached and torch.is_grad_enabled() and backbone.training:
+    cached, learns = asks_for_cache(given), torch.is_grad_enabled()
+    if cached and learns and backbone.training:
         raise ValueError(
             "a streamed model makes and reads no cache while it is trained; pass use_cache=False, "
             "or call it in torch.no_grad() or after model.eval()"
         )
-    if cached or not torch.is_grad_enabled():
-        return forward.original(**_without_streaming(given, cached))
+    if cached:
+        return forward.original(**given)
+    if not learns and caller is None:
+        cacheless, shown = without_cache(backbone.config, given)
+        if not (cacheless and streamable(backbone.config, given)):
+            return forward.original(**shown)
     given.pop("use_cache", None), given.pop("past_key_values", None)
     return_dict = given.pop("return_dict", getattr(backbone.config, "return_dict", True))
     routers = routers_wanted(backbone, given.pop("output_router_logits", None))
@@ -154,18 +164,6 @@ def backbone_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
     return output.to_tuple() if return_dict is False else output
 
 
-def _without_streaming(given: dict[str, Any], cached: bool) -> dict[str, Any]:
-    """The arguments with which the model's own forward keeps packed documents apart."""
-    if given.get("use_cache") is None and not cached:
-        mask, positions, packed = documents_shown(
-            given.get("attention_mask"), given.get("position_ids"), given.get("cu_seq_lens_q")
-        )
-        # With a cache, which is transformers' default, documents would see each other.
-        use_cache = False if packed else None
-        given |= {"attention_mask": mask, "position_ids": positions, "use_cache": use_cache}
-    return given
-
-
 def routers_wanted(backbone: Any, asked: bool | None) -> tuple[type, int] | None:
     """The routers whose logits a call wants."""
     asked = getattr(backbone.config, "output_router_logits", False) if asked is None else asked
@@ -178,15 +176,16 @@ def routers_wanted(backbone: Any, asked: bool | None) -> tuple[type, int] | None
 
 
 def _check_rest(backbone: Any, given: dict[str, Any]) -> None:
-    for name in _REFUSED:
-        value = given.get(name)
-        if value or (value is None and getattr(backbone.config, name, False)):
+    for name in REFUSED_OUTPUTS:
+        if wanted(backbone.config, given, name):
             raise ValueError(
                 f"{name}=True is not available on a streamed model; call vs.unstream first"
             )
     if given.get("is_causal") is False:
         raise ValueError("is_causal=False is not available on a streamed model")
-    read = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "is_causal", *_REFUSED}
+    read = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "is_causal"}.union(
+        REFUSED_OUTPUTS
+    )
     unknown = sorted(
         name for name, value in given.items() if name not in _KNOWN | read and value is not None
     )
@@ -267,6 +266,8 @@ def _plan(backbone: Any, model: Any, rows: Rows, embeds: Tensor | None) -> tuple
     job = Job(
         shape, step, state.optimizer, state.chunk_size, state.head_chunk_size, state.memory_budget
     )
-    choice = choose(job) if job.budget is None else require_fit(job)
+    # A budget is for training; what has no gradients is much smaller.
+    bound = job.budget is not None and torch.is_grad_enabled()
+    choice = require_fit(job) if bound else choose(job)
     warn_once(choice.below_knee)
     return choice.chunk, head_rows or (choice.head_chunk if shape.vocab else None)

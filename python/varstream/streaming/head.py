@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from varstream._random_state import random_state_kept
 from varstream.ops.linear_cross_entropy import linear_cross_entropy
 from varstream.streaming.backbone import PackedHidden, routers_wanted
+from varstream.streaming.evaluation import asks_for_cache, nan_of_nothing, streamable
 from varstream.streaming.forward import Forward
 from varstream.streaming.routers import load_balancing, router_class
 from varstream.streaming.rows import check_labels, shift_labels
@@ -26,14 +27,13 @@ IGNORE_INDEX = -100
 
 
 def model_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
-    """The whole model's forward; without labels its own, over a streamed backbone."""
+    """The whole model's forward: its own, over a streamed backbone, where no loss is wanted, or
+    where it gives, without gradients, what a streamed model doesn't."""
     model, given = forward.module, forward.named(args, kwargs)
-    targets = given.get("shift_labels")
-    cached = bool(given.get("use_cache")) or given.get("past_key_values") is not None
-    trains = given.get("labels") is not None or targets is not None
-    if not torch.is_grad_enabled() or cached or not trains:
+    if not _wants_loss(given) or not (torch.is_grad_enabled() or _streams_evaluation(model, given)):
         return forward.original(*args, **kwargs)
-    labels, keep = given.pop("labels", None), given.pop("logits_to_keep", 0)
+    labels, targets = given.pop("labels", None), given.get("shift_labels")
+    keep = given.pop("logits_to_keep", 0)
     if isinstance(keep, Tensor) or keep:
         raise ValueError(
             "logits_to_keep must be 0 with labels: a streamed model forms no logits to keep"
@@ -66,16 +66,52 @@ def model_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
         normalizer=given.get("num_items_in_batch"),
         chunk_size=packed.head_chunk,
     )
-    from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
-
-    if routers is None:
-        output = CausalLMOutputWithPast(loss=loss)
-    else:
+    loss = nan_of_nothing(loss, targets, given.get("num_items_in_batch"), IGNORE_INDEX)
+    found: dict[str, Any] = {"loss": loss}
+    if routers is not None:
         aux = load_balancing(model, packed.router_logits)
         logits = tuple(rows.unpack(part).flatten(0, 1) for part in packed.router_logits)
-        loss = loss + model.router_aux_loss_coef * aux
-        output = MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux, router_logits=logits)
+        found["loss"] = loss + model.router_aux_loss_coef * aux
+        found |= {"aux_loss": aux, "router_logits": logits}
+    if not torch.is_grad_enabled():
+        found["logits"] = _lazy(rows.unpack(hidden), weight, bias, scale, softcap)
+    output = _output_class(routers is not None)(**found)
     return output.to_tuple() if return_dict is False else output
+
+
+def _wants_loss(given: dict[str, Any]) -> bool:
+    return not asks_for_cache(given) and any(
+        given.get(name) is not None for name in ("labels", "shift_labels")
+    )
+
+
+def _streams_evaluation(model: Any, given: dict[str, Any]) -> bool:
+    """Whether a loss without gradients comes from packed rows."""
+    keep = given.get("logits_to_keep", 0)
+    return (
+        not isinstance(keep, Tensor)
+        and not keep
+        and _has_plain_loss(model)
+        and streamable(model.config, given)
+    )
+
+
+def _lazy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """Logits of hidden (B, S, d), computed if they are read."""
+    from varstream.integrations.transformers import lazy_logits
+
+    dtype = lazy_logits.projection_dtype(hidden)
+    projection = lazy_logits.Projection(hidden, weight, bias, scale, softcap, dtype, grad=False)
+    return lazy_logits.LazyLogits.make(projection)
+
+
+def _output_class(mixture: bool) -> Any:
+    """Of transformers' kind, whose logits may be lazy."""
+    from varstream.integrations.transformers import lazy_logits
+
+    return lazy_logits.LazyMoeCausalLMOutput if mixture else lazy_logits.LazyCausalLMOutput
 
 
 def head_operands(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -175,12 +211,16 @@ class _Hidden:
 
 def _check_loss(model: Any) -> None:
     """Only the plain causal language model loss is fused; another must not be replaced silently."""
+    if not _has_plain_loss(model):
+        function = model.loss_function
+        raise UnsupportedModelError(
+            f"model.loss_function is {getattr(function, '__name__', repr(function))}; a streamed "
+            "model fuses ForCausalLMLoss only. Call it without labels to get logits."
+        )
+
+
+def _has_plain_loss(model: Any) -> bool:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     function = model.loss_function
-    name = getattr(function, "__name__", repr(function))
-    if function is not ForCausalLMLoss and not getattr(function, "is_causal_lm_loss", False):
-        raise UnsupportedModelError(
-            f"model.loss_function is {name}; a streamed model fuses ForCausalLMLoss only. "
-            "Call it without labels to get logits."
-        )
+    return function is ForCausalLMLoss or getattr(function, "is_causal_lm_loss", False)

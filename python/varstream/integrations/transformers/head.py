@@ -21,9 +21,11 @@ from varstream.integrations.transformers.lazy_logits import (
     LazyCausalLMOutput,
     LazyLogits,
     Projection,
+    projection_dtype,
 )
 from varstream.ops.linear_cross_entropy import linear_cross_entropy
 from varstream.streaming import UnsupportedModelError
+from varstream.streaming.evaluation import nan_of_nothing
 
 _STATE = "_varstream_head"
 _ITEMS = "num_items_in_batch"
@@ -86,7 +88,8 @@ def fuse_head(model: Any, chunk_size: int | None = None) -> Any:
     loss is transformers' own (label shift, ``num_items_in_batch``, ``shift_labels``,
     ``ignore_index``, ``logits_to_keep``), in float32 (float64 for float64 models), and
     ``output.logits`` is computed only if it is read. Trainers, ``generate``, checkpoints and PEFT
-    adapters on other layers work as before. Where nothing is trained the loss is 0, not NaN.
+    adapters on other layers work as before. Where nothing is trained the loss is 0, not NaN
+    (NaN without gradients: an evaluation leaves such a batch out).
 
     Under ``torch.compile`` the backbone is compiled and the head runs outside the graph.
 
@@ -235,24 +238,27 @@ def _loss_and_lazy_logits(
     scaling = FAMILIES[model.config.model_type][1]
     head, scale, softcap = model.lm_head, scaling.logit_scale(model), scaling.softcap(model)
     ignore_index = kwargs.get("ignore_index", -100)
+    targets = _targets(labels, kwargs.get("shift_labels"), ignore_index, hidden)
+    items = _items(kwargs.get(_ITEMS))
     loss = linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
         head.weight,
-        _targets(labels, kwargs.get("shift_labels"), ignore_index, hidden),
+        targets,
         linear_bias=head.bias,
         ignore_index=ignore_index,
         logit_scale=scale,
         softcap=softcap,
-        normalizer=_items(kwargs.get(_ITEMS)),
+        normalizer=items,
         chunk_size=state.chunk_size,
     )
+    loss = nan_of_nothing(loss, targets, items, ignore_index)
     projection = Projection(
         hidden,
         head.weight,
         head.bias,
         scale,
         softcap,
-        _projection_dtype(hidden),
+        projection_dtype(hidden),
         torch.is_grad_enabled(),
     )
     return LazyCausalLMOutput(loss=loss, logits=LazyLogits.make(projection))
@@ -279,10 +285,3 @@ def _targets(
             f"got shape {tuple(shift_labels.shape)}"
         )
     return shift_labels.reshape(-1).to(hidden.device)
-
-
-def _projection_dtype(hidden: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return hidden.dtype
-    return torch.get_autocast_dtype(kind)

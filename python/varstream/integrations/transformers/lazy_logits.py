@@ -10,13 +10,13 @@ ordinary logits.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 
 @dataclass
@@ -86,6 +86,14 @@ class Projection:
                 "output.logits was first read after lm_head.weight (or the hidden states) had been "
                 f"{'freed' if gone else 'changed in place'}; read it before the optimizer steps"
             )
+
+
+def projection_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype in which a head projects hidden: autocast's, where it is on."""
+    kind = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return hidden.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 class _Project(torch.autograd.Function):
@@ -175,15 +183,16 @@ for _name in (
     setattr(LazyLogits, _name, _on_computed(_name))
 
 
-@dataclass(repr=False, eq=False)
-class LazyCausalLMOutput(CausalLMOutputWithPast):
-    """transformers' output of a causal language model whose ``logits`` are computed when asked for.
+class _Lazy:
+    """What an output with lazy ``logits`` overrides of the class of transformers after it.
 
-    ``output.logits``, ``output["logits"]``, ``output[1]``, ``to_tuple()`` and pickling ask;
-    ``items()`` and ``values()`` hand on a ``LazyLogits``. Under gradients the logits are
+    ``output.logits``, ``output["logits"]``, ``output[1]``, ``to_tuple()`` and pickling compute the
+    logits; ``items()`` and ``values()`` hand on a ``LazyLogits``. Under gradients the logits are
     differentiable as the model's own are. They are those of the forward: reading them first after
     the weights have changed is refused.
     """
+
+    plain: ClassVar[type]
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)
@@ -193,11 +202,12 @@ class LazyCausalLMOutput(CausalLMOutputWithPast):
         return value
 
     def __getitem__(self, key: Any) -> Any:
+        output: Any = self
         if isinstance(key, str):
-            if key not in self:
+            if key not in output:
                 raise KeyError(key)
             return getattr(self, key)
-        names = list(self.keys())[key]
+        names = list(output.keys())[key]
         return self[names] if isinstance(names, str) else tuple(self[name] for name in names)
 
     def get(self, key: Any, default: Any = None) -> Any:
@@ -209,4 +219,19 @@ class LazyCausalLMOutput(CausalLMOutputWithPast):
 
     def __reduce__(self) -> Any:
         """Pickles and copies as transformers' own class, logits computed."""
-        return CausalLMOutputWithPast, tuple(getattr(self, field.name) for field in fields(self))
+        values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return self.plain, tuple(values)
+
+
+@dataclass(repr=False, eq=False)
+class LazyCausalLMOutput(_Lazy, CausalLMOutputWithPast):
+    """transformers' output of a causal language model, ``logits`` computed when asked for."""
+
+    plain = CausalLMOutputWithPast
+
+
+@dataclass(repr=False, eq=False)
+class LazyMoeCausalLMOutput(_Lazy, MoeCausalLMOutputWithPast):
+    """The same of a mixture of experts."""
+
+    plain = MoeCausalLMOutputWithPast
