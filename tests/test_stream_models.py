@@ -5,11 +5,12 @@ import copy
 
 import pytest
 import torch
+import transformers
 from cases import CHUNKS, DOCUMENTS
-from models import FAMILIES, VOCAB, loss_and_gradients, make_model, make_twin, packed_row
+from models import FAMILIES, SIZES, VOCAB, loss_and_gradients, make_model, make_twin, packed_row
 
 import varstream as vs
-from varstream.testing import assert_exact, relative_error, worst_gradient
+from varstream.testing import assert_exact, float64_twin, relative_error, worst_gradient
 from varstream.testing.float64 import exact_routers
 
 B, S = 4, 19
@@ -37,6 +38,24 @@ def test_families(family, form):
     else:
         inputs = padded("right_padding")
     compare(make_twin(family), inputs, chunk_size=7, head_chunk_size=5)
+
+
+PARTS = {
+    "Nemotron": {"head_dim": 8},
+    "DeepseekV2": {
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        **{"kv_lora_rank": 16, "q_lora_rank": None, "num_key_value_heads": 4},
+        **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    },
+    "Ernie4_5_Moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24},
+}
+
+
+@pytest.mark.parametrize("prefix", PARTS)
+def test_parts_known_by_their_class_names(prefix):
+    config = getattr(transformers, f"{prefix}Config")(**SIZES | PARTS[prefix])
+    model = float64_twin(getattr(transformers, f"{prefix}ForCausalLM")(config))
+    compare(model, padded("right_padding"), chunk_size=7)
 
 
 @pytest.mark.parametrize("chunk_size", CHUNKS)

@@ -198,6 +198,13 @@ def _noticed(module: nn.Module) -> bool:
     )
 
 
+def refuse_extras(name: str, asked: dict[str, Any]) -> None:
+    """Refuse what else an attention module hands to the attention function."""
+    for extra in _REFUSED:
+        if asked.get(extra) is not None:
+            raise UnsupportedModelError(f"{name} uses {extra}, as streaming can't")
+
+
 @torch._disable_dynamo  # a compiled layer ends here and begins anew behind
 def _attention(
     module: nn.Module,
@@ -218,9 +225,7 @@ def _attention(
     if slot is None:
         raise RuntimeError(f"{IMPLEMENTATION} runs inside a streamed layer only")
     slot.calls += 1
-    for name in _REFUSED:
-        if kwargs.get(name) is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} uses {name}, as streaming can't")
+    refuse_extras(type(module).__name__, kwargs)
     if is_causal is False or attention_mask is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__} has a mask of its own or isn't causal, as streaming can't"

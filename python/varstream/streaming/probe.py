@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from varstream._random_state import random_state_kept
-from varstream.streaming.layer_call import implementation
+from varstream.streaming.layer_call import implementation, refuse_extras
 from varstream.streaming.structure import Parts, UnsupportedModelError, attention_of
 
 _IMPLEMENTATION = "varstream_probe"
@@ -115,17 +115,6 @@ def _attention(
             f"({sliding_window}), which streaming can't honour"
         )
     raise _Asked
-
-
-# What a model may ask of an attention function and that a chunk's can't do.
-_REFUSED = ("attention_bias", "head_mask", "position_bias", "s_aux", "sinks")
-
-
-def refuse_extras(name: str, asked: dict[str, Any]) -> None:
-    """Refuse what else an attention module hands to the attention function."""
-    for extra in _REFUSED:
-        if asked.get(extra) is not None:
-            raise UnsupportedModelError(f"{name} uses {extra}, as streaming can't")
 
 
 def _is_window(sees: Any, window: int | None) -> bool:

@@ -18,7 +18,11 @@ _ATTENTION = ("eager", "sdpa", "flash_attention", "flex_attention", "varstream")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MODELS = "transformers.models."
 # Classes of transformers' models that may stand in a layer, by the end of their names.
-_ROWWISE = ("MLP", "Norm", "Experts", "Router", "MoeBlock", "MoE")
+_NORMS = ("Norm", "LayerNorm1P")
+_ROWWISE = (
+    *(*_NORMS, "MLP", "Experts", "Router"),
+    *("Moe", "MoE", "MoeBlock", "MoEBlock", "MoELayer", "MoeStatics", "MoEV1Gate"),
+)
 # Others that work row by row, by the start of their full names.
 _ROWWISE_HOMES = (
     "torch.nn.modules.activation.",
@@ -81,7 +85,7 @@ def find_parts(model: Any) -> Parts:
         )
     children = dict(backbone.named_children())
     lists = [child for child in children.values() if isinstance(child, nn.ModuleList)]
-    norms = [c for c in children.values() if type(_inside(c)).__name__.endswith("Norm")]
+    norms = [c for c in children.values() if type(_inside(c)).__name__.endswith(_NORMS)]
     if len(lists) != 1 or len(norms) > 1:
         raise UnsupportedModelError(
             f"{prefix} has {len(lists)} lists of layers and {len(norms)} norms; "
