@@ -339,7 +339,8 @@ def test_backward_from_another_thread():
     thread = Thread(target=model(**row).loss.backward)
     thread.start()
     thread.join()
-    assert all(torch.equal(p.grad, want[n]) for n, p in model.named_parameters())
+    name, error = worst_gradient(((n, p.grad) for n, p in model.named_parameters()), want)
+    assert error <= 1e-12, f"{name}: {error:.2e}"
 
 
 def test_parameters_shared_by_layers():
