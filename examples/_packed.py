@@ -69,7 +69,7 @@ def pack(groups, options):
 def streamed_logprobs(model, row):
     """Each token's log-probability of its target (N,), 0 where it has none. Logits exist a chunk
     at a time, and the layers' backward runs chunk by chunk."""
-    hidden = model.get_decoder()(**row.inputs).last_hidden_state[0]  # (N, d)
+    hidden = model.get_decoder()(**row.inputs, use_cache=False).last_hidden_state[0]  # (N, d)
     head, config = model.get_output_embeddings(), model.config
     return vs.token_logprobs(
         *(hidden, head.weight, row.target),

@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from models import FAMILIES, make_model, make_twin, packed_row
+from peft import LoraConfig, get_peft_model
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 import varstream as vs
 from varstream.integrations.transformers.lazy_logits import LazyLogits
-from varstream.testing import assert_exact
+from varstream.planner import twins
+from varstream.testing import assert_exact, relative_error
 from varstream.testing.float64 import exact_routers
 
 
@@ -47,7 +49,8 @@ def test_losses_and_logits_are_the_models_own(family, mode):
     assert_exact(got.logits[real], want.logits[real])
     if FAMILIES[family][1].get("output_router_logits"):
         assert_exact(got.aux_loss, want.aux_loss)
-        assert len(got.router_logits) == len(want.router_logits)
+        for ours, theirs in zip(got.router_logits, want.router_logits, strict=True):
+            assert_exact(ours[real.flatten()], theirs[real.flatten()])
     assert got.past_key_values is None
 
 
@@ -81,15 +84,20 @@ def test_a_row_without_a_real_token():
     inputs = padded_batch([3, 2])
     inputs["attention_mask"].zero_(), inputs["labels"].fill_(-100)
     with torch.no_grad():
-        assert streamed(**inputs).logits.shape == (2, 3, streamed.config.vocab_size)
+        output = streamed(**inputs)
+    assert output.loss.isnan() and not output.logits.any()
+    assert output.logits.shape == (2, 3, streamed.config.vocab_size)
 
 
 def test_autocast_logits_have_its_dtype():
     streamed = vs.stream(make_model("qwen3").eval(), chunk_size=3)
     inputs = padded_batch([7, 2])
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        output = streamed(**inputs)
+    with torch.no_grad():
+        want = streamed(**inputs).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            output = streamed(**inputs)
     assert output.logits.dtype == torch.bfloat16 and output.loss.dtype == torch.float32
+    assert relative_error(output.logits.float(), want) < 0.03
 
 
 @pytest.mark.parametrize(
@@ -99,6 +107,8 @@ def test_autocast_logits_have_its_dtype():
         {"output_hidden_states": True},
         {"logits_to_keep": 0, "output_attentions": True},
         {"labels": None},
+        {"logits_to_keep": 11},
+        {"anything": 1},
     ],
 )
 def test_what_streaming_does_not_give_comes_from_the_model_itself(asked):
@@ -131,11 +141,80 @@ def test_a_call_without_labels_makes_the_cache_that_transformers_makes():
         streamed.train()(ids, use_cache=True)
 
 
-@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens", "both, with a mask of ones"])
-def test_packed_documents_stay_apart(told_by):
+def test_a_call_that_forgoes_the_cache_streams():
+    """As trainers score with a reference: logits are asked for, and no cache."""
+    model, streamed = pair()
+    inputs = padded_batch([7, 1, 11])
+    real, rows = inputs["attention_mask"].bool(), layer_calls(streamed)
+    del inputs["labels"]
+    with torch.no_grad():
+        want, got = model(**inputs).logits, streamed(**inputs, use_cache=False).logits
+    assert max(rows) <= 3
+    assert_exact(got[real], want[real])
+
+
+def test_a_hook_on_the_head_fires():
+    model, streamed = pair()
+    fired = []
+    streamed.lm_head.register_forward_hook(lambda *_: fired.append(1))
+    inputs = padded_batch([7, 1, 11])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).loss, streamed(**inputs).loss) and fired
+
+
+def test_routers_that_nobody_asks_for():
+    model, streamed = pair("mixtral")
+    inputs = padded_batch([7, 1, 11]) | {"output_router_logits": False}
+    with torch.no_grad():
+        want, got = model(**inputs, use_cache=False), streamed(**inputs)
+    assert type(got).__mro__[2] is type(want) and got.aux_loss is None
+    assert_exact(got.loss, want.loss)
+
+
+def test_router_logits_without_a_loss_for_them(monkeypatch):
+    monkeypatch.setattr("varstream.streaming.head.balances_load", lambda model: False)
+    model, streamed = pair("mixtral")
+    inputs = padded_batch([7, 1, 11])
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).loss, streamed(**inputs).loss)
+
+
+def test_tuples_and_shifted_labels():
+    model, streamed = pair()
+    inputs = padded_batch([7, 1, 11])
+    shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    with torch.no_grad():
+        want, (loss, logits) = model(**inputs), streamed(**inputs, return_dict=False)
+        assert_exact(streamed(**inputs, shift_labels=shifted).loss, want.loss)
+    real = inputs["attention_mask"].bool()
+    assert_exact(loss, want.loss)
+    assert_exact(logits[real], want.logits[real])
+
+
+def test_an_adapter_on_the_head():
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    adapted = get_peft_model(make_twin("qwen3"), config).double().eval()
+    streamed = vs.stream(copy.deepcopy(adapted), chunk_size=3)
+    inputs = padded_batch([7, 1, 11])
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        want, got = adapted(**inputs), streamed(**inputs)
+    assert_exact(got.loss, want.loss)
+    assert_exact(got.logits[real], want.logits[real])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "told_by"),
+    [
+        ([4, 1, 7, 3], "position_ids"),
+        ([4, 1, 7, 3], "cu_seq_lens"),
+        ([4, 1, 7, 3], "both, with a mask of ones"),
+        ([15], "cu_seq_lens"),
+    ],
+)
+def test_packed_documents_stay_apart(lengths, told_by):
     """transformers' own forward makes a cache by default, and then looks past their edges."""
     twin = make_twin("qwen3")
-    lengths = [4, 1, 7, 3]
     row = packed_row(lengths)
     ids = row["input_ids"]
     with torch.no_grad():
@@ -158,12 +237,17 @@ def test_packed_documents_stay_apart(told_by):
     assert_exact(streamed.lm_head(hidden), want)
 
 
-def test_a_budget_of_training_does_not_refuse_an_evaluation():
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_budget_of_training_does_not_refuse_an_evaluation(mode, monkeypatch):
+    """Automatic chunks, planned within the call."""
+    monkeypatch.setattr(twins, "_traces", {})
     model = make_model("qwen3")
     plan = vs.plan_memory(model.config, 64, dtype=torch.float32)
     streamed = vs.stream(model, memory_budget=plan.peak_bytes)
+    twins._traces.clear()
     ids = torch.randint(50, (1, 500))
-    with torch.no_grad():
+    with mode():
         assert streamed(ids, labels=ids).loss.isfinite()
+    assert twins._traces
     with pytest.raises(ValueError, match="memory_budget is too small"):
         streamed(ids.repeat(1, 20), labels=ids.repeat(1, 20))

@@ -177,13 +177,15 @@ def _flash_tile(
 ) -> tuple[Tensor, Tensor]:
     """Run q (n, Hq, D), k (m, Hkv, D), v (m, Hkv, Dv) in ATen's kernel, which wants D == Dv."""
     width = max(q.shape[2], v.shape[2])
+    heads = _heads_of(tile, q, k)
     out, lse = _flash(
-        *(_heads_first(_pad(t, width)) for t in (q, k, v)),
+        *(_heads_first(_pad(t, width), heads) for t in (q, k, v)),
         0.0,
         tile.kind == CAUSAL,
         scale=opts.softmax_scale,
     )
-    return _rows_first(out)[..., : v.shape[2]], lse[0].to(acc_dtype(q.dtype))
+    lse = lse.reshape(q.shape[1], -1).to(acc_dtype(q.dtype))
+    return _rows_first(out, q.shape[1])[..., : v.shape[2]], lse
 
 
 def _score_tile(
@@ -332,18 +334,19 @@ def _flash_tile_backward(
         out, dout, vt = (_pad(t, width) for t in (out, dout, vt))
         dout[..., -1:] = extra
         vt[..., -1] = 1.0
+    heads = _heads_of(tile, qt, kt)
     dq, dk, dv = _flash_backward(
-        *(_heads_first(_pad(t, width)) for t in (dout, qt, kt, vt, out)),
-        saved.lse[None, :, rows],
+        *(_heads_first(_pad(t, width), heads) for t in (dout, qt, kt, vt, out)),
+        saved.lse[:, rows].reshape(1, heads, -1),
         0.0,
         tile.kind == CAUSAL,
         scale=opts.softmax_scale,
     )
     head_dim, value_dim = q.shape[2], v.shape[2]
     return (
-        _rows_first(dq)[..., :head_dim],
-        _rows_first(dk)[..., :head_dim],
-        _rows_first(dv)[..., :value_dim],
+        _rows_first(dq, q.shape[1])[..., :head_dim],
+        _rows_first(dk, k.shape[1])[..., :head_dim],
+        _rows_first(dv, k.shape[1])[..., :value_dim],
     )
 
 
@@ -386,14 +389,21 @@ def _score_tile_backward(
 # --- layout ---------------------------------------------------------------------------------------
 
 
-def _heads_first(t: Tensor) -> Tensor:
-    """(n, H, D) as (1, H, n, D), a view."""
-    return t.transpose(0, 1).unsqueeze(0)
+def _heads_of(tile: Tile, q: Tensor, k: Tensor) -> int:
+    """Heads of q for ATen's kernel. Where no key is hidden the query heads of a group are rows of
+    their one key head: the kernel's products grow with its rows, which a chunk has few of."""
+    return q.shape[1] if tile.kind == CAUSAL else k.shape[1]
 
 
-def _rows_first(t: Tensor) -> Tensor:
-    """(1, H, n, D) as (n, H, D), a view."""
-    return t[0].transpose(0, 1)
+def _heads_first(t: Tensor, heads: int) -> Tensor:
+    """(n, H, D) as (1, heads, n, D), and more rows, H / heads times n, where that is above 1."""
+    first = t.transpose(0, 1).unsqueeze(0)
+    return first if t.shape[1] <= heads else first.reshape(1, heads, -1, t.shape[2])
+
+
+def _rows_first(t: Tensor, heads: int) -> Tensor:
+    """Back to (n, heads, D)."""
+    return t.reshape(heads, -1, t.shape[3]).transpose(0, 1)
 
 
 def _batched(t: Tensor, length: int) -> Tensor:

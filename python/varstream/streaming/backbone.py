@@ -17,14 +17,8 @@ from varstream.planner.memory import Step
 from varstream.planner.plan import require_fit
 from varstream.planner.shapes import describe_parts
 from varstream.planner.trace import UntraceableError
+from varstream.streaming.calls import asks_for_cache, refusal, streamable, without_cache
 from varstream.streaming.embedding import looked_up
-from varstream.streaming.evaluation import (
-    REFUSED_OUTPUTS,
-    asks_for_cache,
-    streamable,
-    wanted,
-    without_cache,
-)
 from varstream.streaming.forward import Forward
 from varstream.streaming.layer_call import (
     LayerBody,
@@ -42,17 +36,6 @@ from varstream.streaming.routers import router_class
 from varstream.streaming.rows import Rows, check_sequence_index, make_rows
 from varstream.streaming.schedule import Schedule, resolve_chunk_size
 from varstream.streaming.structure import STATE, attention_of
-
-# What transformers passes down to a decoder and that streaming has read or may ignore.
-_KNOWN = {
-    "num_items_in_batch",
-    "shift_labels",
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-    "seq_idx",
-}
 
 
 @dataclass(frozen=True)
@@ -134,12 +117,13 @@ def backbone_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
         return forward.original(**given)
     if not learns and caller is None:
         cacheless, shown = without_cache(backbone.config, given)
-        if not (cacheless and streamable(backbone.config, given)):
+        if not (cacheless and streamable(backbone, given)):
             return forward.original(**shown)
     given.pop("use_cache", None), given.pop("past_key_values", None)
     return_dict = given.pop("return_dict", getattr(backbone.config, "return_dict", True))
     routers = routers_wanted(backbone, given.pop("output_router_logits", None))
-    _check_rest(backbone, given)
+    if reason := refusal(backbone.config, given):
+        raise ValueError(reason)
     tokens, embeds, rows = _rows(given)
     chunk, head_chunk = _plan(backbone, caller, rows, embeds)
     lengths = rows.lengths if rows.total else [0, 1]  # one row that nobody sees, see _packed
@@ -173,24 +157,6 @@ def routers_wanted(backbone: Any, asked: bool | None) -> tuple[type, int] | None
     if kind is None:
         raise ValueError(f"output_router_logits=True, but {type(backbone).__name__} has no routers")
     return kind
-
-
-def _check_rest(backbone: Any, given: dict[str, Any]) -> None:
-    for name in REFUSED_OUTPUTS:
-        if wanted(backbone.config, given, name):
-            raise ValueError(
-                f"{name}=True is not available on a streamed model; call vs.unstream first"
-            )
-    if given.get("is_causal") is False:
-        raise ValueError("is_causal=False is not available on a streamed model")
-    read = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "is_causal"}.union(
-        REFUSED_OUTPUTS
-    )
-    unknown = sorted(
-        name for name, value in given.items() if name not in _KNOWN | read and value is not None
-    )
-    if unknown:
-        raise ValueError(f"a streamed model can't honour the argument {unknown[0]}")
 
 
 def _rows(given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, Rows]:
@@ -246,10 +212,13 @@ def _plan(backbone: Any, model: Any, rows: Rows, embeds: Tensor | None) -> tuple
         head_rows = min(state.head_chunk_size, max(1, rows.total))  # the operator takes an int64
     if state.memory_budget is None and (state.chunk_size != "auto" or device.type == "meta"):
         return resolve_chunk_size(state.chunk_size, device), head_rows
+    bound = state.memory_budget is not None and torch.is_grad_enabled()  # it is for training
     try:
-        shape = describe_parts(backbone, None if model is None else model.get_output_embeddings())
+        with torch.inference_mode(False):  # it traces a backward
+            head = None if model is None else model.get_output_embeddings()
+            shape = describe_parts(backbone, head)
     except UntraceableError:
-        if state.memory_budget is not None:
+        if bound:
             raise
         return resolve_chunk_size(state.chunk_size, device), head_rows
     if embeds is not None:  # kept: there is nothing to look up
@@ -266,8 +235,6 @@ def _plan(backbone: Any, model: Any, rows: Rows, embeds: Tensor | None) -> tuple
     job = Job(
         shape, step, state.optimizer, state.chunk_size, state.head_chunk_size, state.memory_budget
     )
-    # A budget is for training; what has no gradients is much smaller.
-    bound = job.budget is not None and torch.is_grad_enabled()
     choice = require_fit(job) if bound else choose(job)
     warn_once(choice.below_knee)
     return choice.chunk, head_rows or (choice.head_chunk if shape.vocab else None)

@@ -12,15 +12,16 @@ from torch.nn import functional as F
 from varstream._random_state import random_state_kept
 from varstream.ops.linear_cross_entropy import linear_cross_entropy
 from varstream.streaming.backbone import PackedHidden, routers_wanted
-from varstream.streaming.evaluation import asks_for_cache, nan_of_nothing, streamable
+from varstream.streaming.calls import asks_for_cache, nan_of_nothing, streamable, wanted
 from varstream.streaming.forward import Forward
-from varstream.streaming.routers import load_balancing, router_class
+from varstream.streaming.routers import balances_load, load_balancing, router_class
 from varstream.streaming.rows import check_labels, shift_labels
 from varstream.streaming.structure import (
     Parts,
     UnsupportedModelError,
     active_head,
     check_head,
+    head_refusal,
 )
 
 IGNORE_INDEX = -100
@@ -48,11 +49,10 @@ def model_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
     hidden, rows = packed.values, packed.rows
     if targets is None:
         assert labels is not None
-        check_labels("labels", labels, rows, hidden.device)
+        labels = check_labels("labels", labels, rows).to(hidden.device)
         targets = shift_labels(labels, rows, IGNORE_INDEX)
     else:
-        check_labels("shift_labels", targets, rows, hidden.device)
-        targets = rows.pack(targets)
+        targets = rows.pack(check_labels("shift_labels", targets, rows).to(hidden.device))
     scale, softcap = logits_rule(model)
     hidden, weight, bias = head_operands(head, hidden)
     loss = linear_cross_entropy(
@@ -75,7 +75,7 @@ def model_forward(forward: Forward, args: Any, kwargs: Any) -> Any:
         found |= {"aux_loss": aux, "router_logits": logits}
     if not torch.is_grad_enabled():
         found["logits"] = _lazy(rows.unpack(hidden), weight, bias, scale, softcap)
-    output = _output_class(routers is not None)(**found)
+    output = _output_class(router_class(backbone) is not None)(**found)
     return output.to_tuple() if return_dict is False else output
 
 
@@ -86,13 +86,18 @@ def _wants_loss(given: dict[str, Any]) -> bool:
 
 
 def _streams_evaluation(model: Any, given: dict[str, Any]) -> bool:
-    """Whether a loss without gradients comes from packed rows."""
-    keep = given.get("logits_to_keep", 0)
+    """Whether a loss without gradients comes from packed rows: nothing in the call would be
+    refused."""
+    keep, backbone = given.get("logits_to_keep", 0), getattr(model, model.base_model_prefix)
+    asked = {name: x for name, x in given.items() if name not in ("labels", "logits_to_keep")}
     return (
-        not isinstance(keep, Tensor)
+        given.get("labels") is not None
+        and not isinstance(keep, Tensor)
         and not keep
         and _has_plain_loss(model)
-        and streamable(model.config, given)
+        and head_refusal(model.get_output_embeddings()) is None
+        and streamable(backbone, asked)
+        and (not wanted(model.config, given, "output_router_logits") or balances_load(model))
     )
 
 

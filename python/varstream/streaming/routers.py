@@ -43,6 +43,12 @@ def recorded(layer: nn.Module, routers: tuple[type, int] | None) -> Iterator[lis
             handle.remove()
 
 
+def balances_load(model: Any) -> bool:
+    """Whether the model's class adds a load balancing loss that streaming understands."""
+    home = sys.modules[type(model).__module__]
+    return hasattr(home, "load_balancing_loss_func") and hasattr(model, "router_aux_loss_coef")
+
+
 def load_balancing(model: Any, logits: list[Tensor]) -> Tensor:
     """The model's own auxiliary loss of logits (n, experts) of real rows, as its class computes it
     of all rows that an attention mask shows.
@@ -50,11 +56,10 @@ def load_balancing(model: Any, logits: list[Tensor]) -> Tensor:
     Raises:
         UnsupportedModelError: the model's module has none.
     """
-    home = sys.modules[type(model).__module__]
-    function = getattr(home, "load_balancing_loss_func", None)
-    if function is None or not hasattr(model, "router_aux_loss_coef"):
+    if not balances_load(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no load balancing loss that streaming understands; "
             "pass output_router_logits=False"
         )
+    function = sys.modules[type(model).__module__].load_balancing_loss_func
     return function(tuple(logits), model.num_experts, model.num_experts_per_tok, None)

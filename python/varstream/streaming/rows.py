@@ -161,10 +161,10 @@ def check_sequence_index(seq_idx: Any, rows: Rows) -> None:
         raise ValueError("seq_idx must change where documents begin, and nowhere else")
 
 
-def check_labels(name: str, labels: Any, rows: Rows, device: torch.device) -> None:
-    """Labels must be integers (B, S) on the model's device."""
+def check_labels(name: str, labels: Any, rows: Rows) -> Tensor:
+    """Labels must be integers (B, S)."""
     shape = (rows.batch, rows.seqlen)
-    check_tensor(name, labels, shape=shape, dtypes=INTEGERS, device=device, layout="(B, S)")
+    return check_tensor(name, labels, shape=shape, dtypes=INTEGERS, layout="(B, S)")
 
 
 def shift_labels(labels: Tensor, rows: Rows, ignore_index: int = -100) -> Tensor:

@@ -18,10 +18,11 @@ _ATTENTION = ("eager", "sdpa", "flash_attention", "flex_attention", "varstream")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MODELS = "transformers.models."
 # Classes of transformers' models that may stand in a layer, by the end of their names.
-_NORMS = ("Norm", "LayerNorm1P")
+_NORMS = ("Norm", "NemotronLayerNorm1P")
 _ROWWISE = (
-    *(*_NORMS, "MLP", "Experts", "Router"),
-    *("Moe", "MoE", "MoeBlock", "MoEBlock", "MoELayer", "MoeStatics", "MoEV1Gate"),
+    *(*_NORMS, "MLP", "Experts", "Router", "MoeBlock", "MoE"),
+    *("AriaTextMoELayer", "DeepseekV2Moe", "Ernie4_5_MoeStatics", "ExaoneMoeSparseMoEBlock"),
+    *("HunYuanMoEV1Gate", "HunYuanMoEV1Moe"),
 )
 # Others that work row by row, by the start of their full names.
 _ROWWISE_HOMES = (
@@ -196,21 +197,26 @@ def active_head(head: Any) -> Any:
 
 def check_head(head: Any) -> None:
     """Refuse a head whose weights are not all there is to it: its module is never called."""
+    if reason := head_refusal(head):
+        raise UnsupportedModelError(reason)
+
+
+def head_refusal(head: Any) -> str | None:
+    """What more there is to a head than its weights, None for nothing."""
     active = active_head(head)
     base = getattr(active, "base_layer", active)  # of a LoRA adapter
     if type(base) is not nn.Linear:
-        raise UnsupportedModelError(f"lm_head is a {type(base).__name__}, not a plain nn.Linear")
+        return f"lm_head is a {type(base).__name__}, not a plain nn.Linear"
     if any(getattr(m, hook) for m in (head, active, base) for hook in _HOOKS):
-        raise UnsupportedModelError("lm_head has hooks, which would not fire on a streamed model")
+        return "lm_head has hooks, which would not fire on a streamed model"
     if base is active:
-        return
+        return None
     for name in active.active_adapters:
         if name not in active.lora_A:
             continue
         if active.lora_variant.get(name) is not None or active.lora_B[name].bias is not None:
-            raise UnsupportedModelError(
-                f"lm_head's adapter {name!r} is not plain LoRA (DoRA or a bias, for example)"
-            )
+            return f"lm_head's adapter {name!r} is not plain LoRA (DoRA or a bias, for example)"
+    return None
 
 
 def _name_of(parent: nn.Module, child: Any) -> str:

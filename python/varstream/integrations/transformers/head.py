@@ -25,7 +25,7 @@ from varstream.integrations.transformers.lazy_logits import (
 )
 from varstream.ops.linear_cross_entropy import linear_cross_entropy
 from varstream.streaming import UnsupportedModelError
-from varstream.streaming.evaluation import nan_of_nothing
+from varstream.streaming.calls import nan_of_nothing
 
 _STATE = "_varstream_head"
 _ITEMS = "num_items_in_batch"
