@@ -22,9 +22,9 @@ SOURCES := CMakeLists.txt pyproject.toml \
 CXX_FILES := $(shell find csrc tests/cpp -type f \
   \( -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 
-# Where pytest-xdist is installed: files of tests side by side.
+# Files of tests side by side, where pytest-xdist is installed.
 JOBS ?= 2
-PARALLEL := -n $(JOBS) --dist loadfile
+PARALLEL = $(if $(shell $(PYTHON) -c "import xdist; print(1)" 2> /dev/null),-n $(JOBS) --dist loadfile)
 
 CLANG_FORMAT = $(or $(wildcard $(dir $(PYTHON))clang-format),clang-format)
 
@@ -55,7 +55,7 @@ demo: $(INSTALLED) ## Train a small model, packed and streamed, and compare (DAT
 	$(PYTHON) -m varstream demo $(if $(DATA),--data "$(DATA)")
 
 test: $(INSTALLED) ## Run the tests (those that need a GPU are left out where there is none)
-	$(PYTHON) -m pytest -q $(shell $(PYTHON) -c "import xdist" 2> /dev/null && echo $(PARALLEL))
+	$(PYTHON) -m pytest -q $(PARALLEL)
 
 lint: $(INSTALLED) ## Check style and types, change nothing
 	$(PYTHON) -m ruff check .
