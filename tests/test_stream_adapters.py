@@ -249,7 +249,7 @@ def test_low_precision(adapters):
     randomize(model)
     exact = float64_twin(model)
     streamed = vs.stream(copy.deepcopy(model), chunk_size=7)
-    ids = torch.randint(VOCAB, (1, 33))
+    ids = torch.randint(VOCAB, (1, 97))  # of fewer, rounding is a matter of luck
     row = {"input_ids": ids, "labels": ids}
     want, plain = (loss_and_gradients(m, **row, use_cache=False)[1] for m in (exact, model))
     got = loss_and_gradients(streamed, **row)[1]

@@ -78,7 +78,8 @@ class Composed:
         out = a.heads * (a.value_dim + 1) * self.acc  # bytes a row, with its LSE
         if self.flash and a.window < 0:
             rows = self._strip(span)
-            return max(rows * out + self._workspace(rows) // 2, 4 * border * out)
+            inside = self._whole_tile(rows, 2, self._workspace(rows * self._group) // 2)
+            return max(rows * out + inside, 4 * border * out)
         blocks = _DROPOUT if a.dropout else 2 if a.plain else 3
         rows, keys = self._block(span)
         return self._scores(rows, keys, blocks) + 8 * rows * keys + 3 * rows * out
@@ -142,9 +143,20 @@ class Composed:
         second = min(keys - first, attention.FLASH_KEYS)
         next_rows, next_keys = (rows, second) if second else (border, border)
         one = self._gradients(rows, first)
-        alone = one + max(self._workspace(rows), rows * self.a.q_width * self.acc * self.wide)
-        both = one + self._gradients(next_rows, next_keys) + self._workspace(next_rows)
-        return max(alone, both)
+        inside = self._whole_tile(rows, 4, self._workspace(rows * self._group))
+        alone = one + max(inside, rows * self.a.q_width * self.acc * self.wide)
+        again = inside if second else self._workspace(border)
+        return max(alone, one + self._gradients(next_rows, next_keys) + again)
+
+    @property
+    def _group(self) -> int:
+        """Query heads of a key head, whose rows run as one head's where no key is hidden."""
+        return self.a.heads // self.a.kv_heads
+
+    def _whole_tile(self, rows: int, copies: int, workspace: int) -> int:
+        """ATen's workspace and so many copies of Q, the output and their gradients."""
+        copies *= self._group > 1
+        return copies * rows * self.a.q_width * self.itemsize + workspace
 
     def _gradients(self, rows: int, keys: int) -> int:
         return (rows * self.a.q_width + keys * self.a.kv_width) * self.itemsize
